@@ -1,0 +1,13 @@
+"""Progress bars that fall silent when nobody is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def progress(iterable: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterable:
+    """Wrap `iterable` in a transient tqdm bar on stderr; no bar when stderr is not a terminal."""
+    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
