@@ -1,0 +1,60 @@
+"""The architectures agents train: `build_model` makes one by name, with its head and stem fitted to the data set."""
+
+import torch
+from torch import nn
+
+from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its builder)
+from models.registry import MODELS, ModelBuilder, register_model
+from models.torchvision_zoo import PREFIX, zoo_builder
+
+__all__ = ["MODELS", "build_model", "model_builder", "register_model"]
+
+
+def model_builder(name: str) -> ModelBuilder:
+    """The builder behind `name`: one of `MODELS`, or `X
+
+    Raises ValueError, listing the choices, for a name that is neither.
+    """
+    if name.startswith(PREFIX):
+        return zoo_builder(name)
+    if name not in MODELS:
+        raise ValueError(
+            f"unknown model {name!r}; choose one of {', '.join(sorted(MODELS))}, "
+            f"or {PREFIX}<name> for a torchvision classification model (for example {PREFIX}densenet121)"
+        )
+    return MODELS[name]
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    width_multiplier: int = 8,
+    seed: int | None = None,
+) -> nn.Module:
+    """A freshly initialised classifier from (B, in_channels, image_size, image_size) images to (B, num_classes) logits.
+
+    `width_multiplier` scales resnet20 and vgg16 (8 is the paper's width of both) and means nothing to the others.
+    Without `seed` the initialisation draws from torch's global CPU generator; with one, the same seed gives the same
+    tensors and the global generator is left as it was.
+
+    Raises ValueError for an unknown name, for a count below 1, and for an image size the model cannot take (the message
+    says which it needs).
+    """
+    counts = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    for what, value in (counts | {"width_multiplier": width_multiplier}).items():
+        if value < 1:
+            raise ValueError(f"{what} is {value}; it must be at least 1")
+    builder = model_builder(name)
+
+    def build() -> nn.Module:
+        return builder(num_classes, in_channels=in_channels, image_size=image_size, width_multiplier=width_multiplier)
+
+    if seed is None:
+        return build()
+    with torch.random.fork_rng(devices=[]):
+        # default_generator rather than torch.manual_seed, which would reseed every accelerator too
+        torch.default_generator.manual_seed(seed)
+        return build()
