@@ -1,0 +1,120 @@
+"""The demo: five agents learn the digits, merging over a ring, and a picture shows what that brings.
+
+Runs the real scripts, so that each line it prints can be typed by hand: `train` trains every agent on its own part of
+the data, `main` lets them merge and train on with each method. Finished steps are not repeated, and an interrupted demo
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from utils.plots import LABELS, Curve, accuracy_curve, accuracy_figure, read_metrics
+
+ROOT = Path(__file__).resolve().parent
+METHODS = ("DIMAT", "WA", "NONE")
+DISTRIBUTIONS = {
+    "iid": ("IID: every agent sees all classes alike", []),
+    "dirichlet": ("Dirichlet 0.5: every agent sees its own mixture", ["--alpha=0.5"]),
+}
+CLOSE = 1.0  # points; the digits have 360 test images, so less than this is three of them and one seed proves nothing
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="example: python demo.py --merges 4 --out results/short.png",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/demo.png"), help="the picture")
+    parser.add_argument("--results", type=Path, default=Path("results/demo"), help="folder of runs and checkpoints")
+    parser.add_argument("--agents", type=int, default=5, help="agents on the ring")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs each agent trains alone first")
+    parser.add_argument("--merges", type=int, default=8, help="merge iterations")
+    parser.add_argument("--local_epochs", type=int, default=2, help="epochs between two merges")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    return parser.parse_args(arguments)
+
+
+def run_script(module: str, arguments: list[str]) -> Path:
+    """Run `python -m module arguments`, show what it prints and return the folder named in its last line."""
+    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
+    command = [sys.executable, "-u", "-m", module, *arguments]
+    last = ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        raise SystemExit(f"demo: this step failed (exit status {process.returncode}), see above")
+    return ROOT / last.partition(": ")[2]
+
+
+def run_distribution(options: argparse.Namespace, distribution: str, extra: list[str]) -> dict[str, Curve]:
+    """Pre-train the agents on one partition, then run every method from the same checkpoints: method -> curve."""
+    common = ["--dataset=digits", "--model=resnet20", "--width_multiplier=1", f"--num_models={options.agents}"]
+    common += [f"--data_dist={distribution}", *extra, f"--device={options.device}"]
+    checkpoints = run_script("train", [
+        *common, f"--epochs={options.epochs}", f"--random_seed={options.seed}",
+        f"--save_folder={options.results.resolve() / 'checkpoint'}",
+    ])
+    curves = {}
+    for method in METHODS:
+        folder = run_script("main", [
+            *common, f"--ckp={checkpoints}", f"--opt={method}", "--topology=ring", f"--merg_itr={options.merges}",
+            "--training", f"--epochs={options.local_epochs}", f"--seed={options.seed}",
+            f"--results_dir={options.results.resolve()}", "--resume",
+        ])
+        curves[method] = accuracy_curve(read_metrics(folder))
+    return curves
+
+
+def verdict(curves: dict[str, Curve]) -> str:
+    """Who is ahead after the last merge, in a sentence."""
+    final = {method: float(curve.mean[-1]) for method, curve in curves.items()}
+    first, second, *_ = sorted(final, key=final.get, reverse=True)
+    gap = final[first] - final[second]
+    names = [LABELS.get(method, method) for method in (first, second)]
+    if gap < CLOSE:
+        return f"{names[0]} and {names[1]} are level (less than {CLOSE:g} point apart)"
+    return f"{names[0]} is ahead, {gap:.1f} points above {names[1]}"
+
+
+def table(results: dict[str, dict[str, Curve]]) -> str:
+    """Mean test accuracy over the agents (percent) after each merge, per method, and who is ahead at the end."""
+    lines = ["Test accuracy in percent, mean over the agents, after each merge (0: before the first)"]
+    for distribution, curves in results.items():
+        iterations = next(iter(curves.values())).iterations
+        lines += ["", f"{distribution:<14}" + "".join(f"{k:>6}" for k in iterations) + "   agents at the end"]
+        for method, curve in curves.items():
+            means = "".join(f"{value:>6.1f}" for value in curve.mean)
+            lines.append(f"{LABELS.get(method, method):<14}{means}   {curve.low[-1]:.1f} to {curve.high[-1]:.1f}")
+        lines.append(f"=> {distribution}: {verdict(curves)}.")
+    lines += ["", "One seed and 360 test images: read gaps of a point or two with care."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse_options()
+    start = time.perf_counter()
+    results = {name: run_distribution(options, name, extra) for name, (_, extra) in DISTRIBUTIONS.items()}
+    panels = {DISTRIBUTIONS[name][0]: curves for name, curves in results.items()}
+    caption = (
+        f"{options.agents} agents on a ring, ResNet-20 (width 1), digits; accuracy right after each merge: "
+        "mean (line), lowest to highest agent (band)"
+    )
+    accuracy_figure(panels, options.out, caption)
+    print(f"\n{table(results)}\n\npicture: {options.out} ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ndemo: interrupted; the same command goes on from here") from None
