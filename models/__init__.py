@@ -7,7 +7,7 @@ from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its 
 from models.registry import MODELS, ModelBuilder, register_model
 from models.torchvision_zoo import PREFIX, zoo_builder
 
-__all__ = ["MODELS", "build_model", "model_builder", "register_model"]
+__all__ = ["MODELS", "build_model", "infer_width", "model_builder", "register_model"]
 
 
 def model_builder(name: str) -> ModelBuilder:
@@ -58,3 +58,13 @@ def build_model(
         # default_generator rather than torch.manual_seed, which would reseed every accelerator too
         torch.default_generator.manual_seed(seed)
         return build()
+
+
+def infer_width(name: str, state: dict[str, torch.Tensor]) -> int:
+    """The width multiplier of a state dict of model `name`, from the rows of its first tensor; 1 where it has no say."""
+    with torch.device("meta"):
+        narrow = build_model(name, 10, image_size=64, width_multiplier=1).state_dict()
+    first = next(iter(narrow))
+    if not isinstance(state, dict) or first not in state:
+        raise ValueError(f"the checkpoint holds no '{first}': it is not a state dict of {name}")
+    return max(1, state[first].shape[0] // narrow[first].shape[0])

@@ -1,0 +1,203 @@
+"""Local training of every agent -> checkpoints. `python -m train --help` explains."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.batches import Batches
+from data.datasets import DATASETS, Dataset, load_dataset
+from data.partition import PARTITIONS, make_partition
+from models import MODELS, build_model
+from utils import training
+from utils.checkpoint import check_state, checkpoint_folder
+from utils.files import check_writable, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.options import parse, pick_device, train_parser
+from utils.progress import progress
+from utils.seeds import generator
+
+EVAL_BATCH = 500
+COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
+MACHINE = ("device", "compile", "config", "overwrite", "data_dir", "imgntdir", "save_folder")  # change no result
+
+
+def fill_defaults(options: Namespace) -> None:
+    """Settle what may be inherited from a checkpoint and was not."""
+    defaults = {"data_dist": "iid", "train_samples": 0, "width_multiplier": 8}
+    for key, value in defaults.items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    if options.data_dist == "dirichlet" and options.alpha is None:
+        options.alpha = 0.5
+    if options.data_dist != "dirichlet" and options.alpha is not None:
+        raise ValueError(f"--alpha belongs to --data_dist=dirichlet, not to {options.data_dist}")
+    if options.optim == "adam" and options.momentum:
+        raise ValueError(f"--momentum {options.momentum} has no effect with --optim=adam: use --optim=sgd")
+
+
+def load_agents_data(o: Namespace, device: torch.device) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """The data set on `device` and the indices of every agent's training and test images."""
+    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, train_samples=o.train_samples)
+    seed = o.seed if o.partition_seed is None else o.partition_seed
+    train_parts, test_parts = make_partition(
+        o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
+        num_classes=dataset.num_classes, alpha=o.alpha or 0.5, seed=seed, phase=o.phase)
+    return dataset.to(device), train_parts, test_parts
+
+
+def new_model(o: Namespace, dataset: Dataset, seed: int | None = None) -> nn.Module:
+    return build_model(o.model, dataset.num_classes, in_channels=dataset.in_channels,
+                       image_size=dataset.image_size, width_multiplier=o.width_multiplier, seed=seed)
+
+
+class LocalTrainer:
+    """Trains one agent after the other in one working model, so that memory doesn't grow with their number."""
+
+    def __init__(self, model: nn.Module, dataset: Dataset, o: Namespace, device: torch.device):
+        self.model = model.to(device, memory_format=training.memory_format(device))
+        self.fast = torch.compile(self.model) if o.compile else self.model
+        self.dataset, self.o, self.device = dataset, o, device
+
+    def fresh_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+        o = self.o
+        scaler = torch.amp.GradScaler(self.device.type) if o.amp == "fp16" else None
+        return training.make_optimizer(self.model, o.optim, o.lr, o.momentum, o.weight_decay), scaler
+
+    def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler) -> training.EpochStats:
+        """One local epoch; `seed_path` = (agent, iteration, purpose) decides order and augmentation."""
+        batches = Batches(self.dataset, self.dataset.train, indices, self.o.batch_size, shuffle=True, augment=True,
+                          make_generator=lambda: generator(self.o.seed, *seed_path))
+        bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
+        return training.train_epoch(self.fast, bar, optimizer, self.o.amp, scaler)
+
+    def evaluate(self, images, indices=None) -> training.Evaluation:
+        batches = Batches(self.dataset, images, indices, EVAL_BATCH)
+        return training.evaluate(self.fast, progress(batches, "evaluation", total=len(batches)))
+
+
+def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
+    """All epochs of one agent, from its last finished one on; leaves model_<agent>.pth."""
+    o, partial = trainer.o, folder / f"partial_{agent}.pt"
+    initial = new_model(o, trainer.dataset, generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed())
+    trainer.model.load_state_dict(initial.state_dict())
+    optimizer, scaler = trainer.fresh_optimizer()
+    done = 0
+    if partial.exists():
+        saved = load_tensors(partial)
+        trainer.model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(saved["scaler"])
+        done = saved["epoch"]
+        print(f"agent {agent}: continuing after epoch {done}", flush=True)
+    for epoch in range(done + 1, o.epochs + 1):
+        try:
+            stats = trainer.epoch(indices, (agent, epoch, f"agent {agent} epoch {epoch}"), optimizer, scaler)
+        except training.Diverged as error:
+            raise training.Diverged(f"agent {agent}, epoch {epoch}: {error}; {partial} holds the last good state"
+                                    if epoch > 1 else f"agent {agent}, epoch {epoch}: {error}") from None
+        print(f"agent {agent} epoch {epoch}/{o.epochs}: train accuracy {stats.accuracy:.2f} %, "
+              f"loss {stats.loss:.4f}", flush=True)
+        if epoch < o.epochs:
+            save_tensors(partial, {"epoch": epoch, "model": training.snapshot(trainer.model),
+                                   "optimizer": optimizer.state_dict(),
+                                   "scaler": scaler.state_dict() if scaler is not None else None})
+    save_tensors(folder / f"model_{agent}.pth", {k: t.cpu() for k, t in training.snapshot(trainer.model).items()})
+    partial.unlink(missing_ok=True)
+
+
+def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[str, float]:
+    """A row of model_accuracies.csv: the agent's training images, the test images of its classes, all of them."""
+    train = trainer.evaluate(trainer.dataset.train, indices)
+    test = trainer.evaluate(trainer.dataset.test)
+    labels = trainer.dataset.test.labels.cpu()
+    own = torch.isin(labels, trainer.dataset.train.labels[torch.as_tensor(indices)].cpu().unique()).nonzero()[:, 0]
+    return dict(zip(COLUMNS, (agent, train.accuracy(), train.loss, test.accuracy(own), test.accuracy()), strict=True))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: int(row["agent"])))
+    save_text(path, text.getvalue())
+
+
+def prepare_folder(o: Namespace) -> Path:
+    """The checkpoint folder with its config.yaml; refuses one that was made with other options."""
+    folder = checkpoint_folder(vars(o))
+    if o.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    check_writable(folder)
+    config = {k: v for k, v in vars(o).items() if k not in MACHINE}
+    config["partition_seed"] = o.seed if o.partition_seed is None else o.partition_seed
+    old = load_yaml(folder / "config.yaml")
+    for key, value in config.items():
+        if key in old and old[key] != value:
+            raise ValueError(f"{folder} was made with --{key} {old[key]}, not {value}: "
+                             "choose another --save_folder or give --overwrite")
+    if not old:
+        save_yaml(folder / "config.yaml", config | {
+            "command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads()})
+    return folder
+
+
+def run(o: Namespace) -> Path:
+    fill_defaults(o)
+    device = pick_device(o.device)
+    dataset, parts, _ = load_agents_data(o, device)
+    template = new_model(o, dataset, seed=0)
+    folder = prepare_folder(o)
+    table = folder / "model_accuracies.csv"
+    rows = read_rows(table)
+    missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
+    if not missing:
+        print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
+    trainer = LocalTrainer(template, dataset, o, device)
+    for agent in missing:
+        file = folder / f"model_{agent}.pth"
+        if file.exists():
+            state = load_tensors(file)
+            check_state(state, template.state_dict(), str(file))
+            trainer.model.load_state_dict(state)
+        else:
+            train_agent(trainer, agent, parts[agent], folder)
+        row = accuracies(trainer, agent, parts[agent])
+        rows.append(row)
+        write_rows(table, rows)
+        print(f"agent {agent}: {len(parts[agent])} images, train {row['train_accuracy']:.2f} %, "
+              f"test: own classes {row['own_classes_accuracy']:.2f} %, all {row['all_classes_accuracy']:.2f} %")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(train_parser(DATASETS, MODELS, PARTITIONS), argv)
+    try:
+        folder = run(options)
+    except (ValueError, OSError, training.Diverged) as error:
+        if os.environ.get("DIMAT_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; give the same command again to continue", file=sys.stderr)
+        return 130
+    print(f"checkpoints: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The agents' checkpoints: where they lie, what they were made with, and whether they fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.files import load_tensors, load_yaml, variant
+
+State = dict[str, Tensor]
+INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "width_multiplier")
+
+
+def checkpoint_folder(o: dict[str, Any]) -> Path:
+    """The documented path of train.py's checkpoints for its options `o`."""
+    init = "same" if o["init_seed"] else "diff"
+    parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
+             f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", variant(o), f"random_seed_{o['seed']}"]
+    return Path(o["save_folder"]).joinpath(*filter(None, parts))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the checkpoints in `folder` were made with: its config.yaml, else what the documented path says."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--ckp {folder} is not a folder: give the one that train.py printed")
+    config = load_yaml(folder / "config.yaml")
+    path = folder.resolve().as_posix()
+    patterns = {"data_dist": r"/data_dist_([^/]+)", "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
+                "init_seed": r"/(same|diff)_initialization"}
+    for key, pattern in patterns.items():
+        if key not in config and (found := re.search(pattern, path)):
+            text = found.group(1)
+            config[key] = int(text) if text.isdigit() else text == "same" if key == "init_seed" else text
+    return config
+
+
+def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> None:
+    """Fill `options` that were not given from what the checkpoint was made with.
+
+    Raises ValueError when an option was given and differs: the agents would continue on other agents' data.
+    """
+    for key in INHERITED:
+        theirs = made_with.get(key)
+        if options[key] is None:
+            options[key] = theirs
+        elif theirs is not None and options[key] != theirs:
+            raise ValueError(f"--{key} {options[key]} contradicts {source}, which was made with {key}={theirs}: "
+                             "leave the option out or give other checkpoints")
+
+
+def load_states(folder: Path, num_models: int) -> list[State]:
+    """model_0.pth ... of exactly `num_models` agents, on the CPU."""
+    found = sorted(folder.glob("model_*.pth"))
+    if len(found) != num_models:
+        raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
+    return [load_tensors(folder / f"model_{i}.pth") for i in range(num_models)]
+
+
+def check_state(state: State, template: State, name: str) -> None:
+    """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{name} is not a state dict")
+    if missing := sorted(template.keys() ^ state.keys()):
+        raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
+                         f"({len(missing)} such keys)")
+    for key, expected in template.items():
+        if state[key].shape != expected.shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(state[key].shape)}, this model's is "
+                             f"{tuple(expected.shape)} (another width, number of classes or image size?)")
+        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+            raise ValueError(f"{name}: {key} holds NaN or infinite values")

@@ -1,0 +1,83 @@
+"""Atomic writing, checked reading, and the level of a path that names the unusual options of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+
+# Options that change results, with the paper's values. A path names those that differ from this table; it is frozen,
+# so that a later change of a default never makes an old folder mean something else.
+REFERENCE = {
+    "width_multiplier": 8, "train_samples": 0, "alpha": None, "partition_seed": None, "phase": None,
+    "batch_size": 100, "optim": "adam", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "amp": "none",
+    "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
+    "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
+}
+SHORT = {"width_multiplier": "width"}
+
+
+def variant(options: dict[str, Any]) -> str:
+    """'width=1,alpha=0.5' for the options that differ from REFERENCE; '' if none does."""
+    return ",".join(
+        f"{SHORT.get(key, key)}={options[key]}"
+        for key, usual in REFERENCE.items() if key in options and options[key] not in (None, usual)
+    )
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """`write(file)` into a temporary file beside `path`, flushed to disk, then moved there in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, content: Any) -> None:
+    """torch.save through an open file, so that the bytes don't depend on the temporary name."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def save_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_yaml(path: Path, content: dict) -> None:
+    save_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def load_yaml(path: Path) -> dict:
+    """The mapping in `path`; {} when there is no such file."""
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """torch.load without running code from the file. Raises ValueError that names an unreadable file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read as a checkpoint (truncated or of another kind?): {reason}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a one-line error now rather than after hours of work."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"can't write to {folder}: {error.strerror}") from None

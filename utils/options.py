@@ -1,0 +1,206 @@
+"""Every command-line option of the scripts, in one place, so that one flag means one thing everywhere.
+
+The registries' names come in as arguments (`choices`), so that this package imports no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+TRUE, FALSE = {"true", "1", "yes", "t", "y", "on"}, {"false", "0", "no", "f", "n", "off"}
+
+
+def boolean(text: str) -> bool:
+    """true/false, 1/0, yes/no in any case; `Flase`, as the published command spells it, counts as False."""
+    word = str(text).strip().lower()
+    if word == "flase":
+        print(f"note: reading '{text}' as False", file=sys.stderr)
+        return False
+    if word not in TRUE | FALSE:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a boolean: use True or False")
+    return word in TRUE
+
+
+def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
+    """An argparse type: a number of `kind` with low <= x <= high (low < x if `strict`)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
+        if not (low < value if strict else low <= value) or not value <= high:
+            bound = f"{'>' if strict else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
+        return value
+
+    return parse
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, line breaks of the description kept; no '(default: None)'."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m {prog}", description=f"{description}\n\nexample:\n  {example}",
+        formatter_class=Formatter, allow_abbrev=False,
+    )
+
+
+def _flag(group, *names: str, default: bool | None = False, help: str) -> None:
+    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
+
+
+def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions: Iterable[str],
+                 inherit: bool) -> None:
+    """What the agents see. With `inherit` the partition defaults to what the checkpoint folder was made with."""
+    said = " (default: what the checkpoint was made with, else %s)" if inherit else " (default: %s)"
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", "--data", choices=sorted(datasets), default="digits", help="data set")
+    g.add_argument("--num_models", type=number(int, 1), default=5, metavar="N", help="number of agents")
+    g.add_argument("--data_dist", choices=list(partitions), default=None,
+                   help="how the data is dealt to the agents" + said % "iid")
+    g.add_argument("--alpha", type=number(float, 0, strict=True), default=None,
+                   help="concentration of --data_dist=dirichlet; small = each agent has few classes" + said % "0.5")
+    g.add_argument("--partition_seed", type=number(int, 0), default=None,
+                   help="seed of the partition" + said % "the run's seed")
+    g.add_argument("--phase", choices=["pretrain", "finetune"], default="finetune" if inherit else "pretrain",
+                   help="which half of the data --data_dist=non-iid-PF deals")
+    g.add_argument("--train_samples", type=number(int, 0), default=None,
+                   help="use only a class-balanced slice of the training images; 0 = all" + said % "0")
+    g.add_argument("--data_dir", default="datasets", metavar="DIR", help="where the data sets are")
+    g.add_argument("--imgntdir", default=None, metavar="DIR", help="a folder in Tiny ImageNet's layout")
+
+
+def model_options(p: argparse.ArgumentParser, models: Iterable[str], inherit: bool) -> None:
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="resnet20", metavar="NAME",
+                   help=f"architecture: {', '.join(models)} or tv:NAME for any torchvision classifier")
+    g.add_argument("--width_multiplier", type=number(int, 1), default=None, metavar="W",
+                   help="width of resnet20 and vgg16; 8 is the paper's"
+                        + (" (default: the checkpoint's, else 8)" if inherit else " (default: 8)"))
+
+
+def training_options(p: argparse.ArgumentParser, epochs: int, epochs_help: str, optim: Sequence[str]) -> None:
+    """`optim`: the option strings that name the optimiser; train.py has the alias --opt, main.py has not."""
+    g = p.add_argument_group("local training")
+    g.add_argument("--epochs", type=number(int, 0), default=epochs, help=epochs_help)
+    g.add_argument("--batch_size", type=number(int, 1), default=100, help="images per step")
+    g.add_argument(*optim, dest="optim", choices=["adam", "sgd"], default="adam", help="optimiser")
+    g.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3, help="learning rate")
+    g.add_argument("--momentum", type=number(float, 0, 1), default=0.0, help="momentum of --optim=sgd")
+    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
+
+
+def machine_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    g.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision in training")
+    _flag(g, "--compile", help="run the model through torch.compile")
+    g.add_argument("--config", default=None, metavar="FILE.yaml", help="read options from a file; flags override it")
+    _flag(g, "--overwrite", help="start afresh, deleting what this very command made before")
+
+
+def train_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str]) -> argparse.ArgumentParser:
+    p = parser("train", "Train every agent on its own part of the data and keep the checkpoints.\n"
+                        "An interrupted run continues when the same command is given again.",
+               "python -m train --dataset=cifar100 --model=resnet20 --num_models=5 --data_dist=iid --random_seed=0")
+    data_options(p, datasets, partitions, inherit=False)
+    model_options(p, models, inherit=False)
+    training_options(p, 100, "epochs of training", ["--optim", "--opt"])
+    g = p.add_argument_group("run")
+    _flag(g, "--init_seed", help="the same initialisation for all agents")
+    g.add_argument("--random_seed", "--seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
+    g.add_argument("--save_folder", default="checkpoint", metavar="DIR", help="where the checkpoints go")
+    machine_options(p)
+    return p
+
+
+def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
+                topologies: Iterable[str], exps: dict[int, str]) -> argparse.ArgumentParser:
+    p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.",
+               "python -m main --dataset=digits --num_models=5 --ckp=CHECKPOINT_FOLDER --opt=DIMAT --exp=2 "
+               "--merg_itr=8 --training --epochs=2")
+    g = p.add_argument_group("algorithm")
+    g.add_argument("--opt", choices=list(methods), default="DIMAT",
+                   help="DIMAT: activation matching; WM: weight matching; WA: plain averaging; NONE: agents alone")
+    g.add_argument("--exp", type=int, choices=sorted(exps), default=None,
+                   help="topology by number: " + ", ".join(f"{k} {v}" for k, v in exps.items()))
+    g.add_argument("--topology", default=None, metavar="NAME|FILE.json",
+                   help=f"{', '.join(topologies)} or a JSON file with connectivity and pi (default: fully_connected)")
+    g.add_argument("--merg_itr", type=number(int, 1), default=100, help="merge iterations in all")
+    g.add_argument("--merg_itr_init", type=number(int, 0), default=0,
+                   help="start after this many iterations: the last finished one, or one kept by --keep all")
+    _flag(g, "--training", help="train locally after each merge but the last")
+    g.add_argument("--ckp", default=None, metavar="DIR", help="folder of the agents' checkpoints, made by train.py")
+    _flag(g, "--randominit", help="start from random models instead of --ckp")
+    _flag(g, "--diffinit", help="with --randominit: a different random model for every agent")
+    g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
+    data_options(p, datasets, partitions, inherit=True)
+    model_options(p, models, inherit=True)
+    training_options(p, 2, "local epochs of an iteration", ["--optim"])
+    g = p.add_argument_group("matching")
+    g.add_argument("--match_data", choices=["all", "local"], default="all",
+                   help="whose training images matching and BatchNorm re-estimation read: every agent's, as in the "
+                        "paper, or only the merging agent's own")
+    g.add_argument("--match_samples", type=number(int, 0), default=0,
+                   help="a class-balanced sample of so many of them; 0 = all")
+    _flag(g, "--match_augment", help="augment them, for all models alike")
+    g.add_argument("--match_at", choices=["last", "all"], default="last",
+                   help="read a group's features at the input of its last consumer, or summed over all of them")
+    g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
+                   help="most memory for the correlation matrices; beyond it the edges are taken in blocks")
+    g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",
+                   help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
+    g = p.add_argument_group("run")
+    g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    _flag(g, "--resume", help="continue an interrupted run")
+    g.add_argument("--keep", choices=["last", "all"], default="last",
+                   help="keep the state of the last iteration, or of each (for --merg_itr_init)")
+    machine_options(p)
+    return p
+
+
+def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse flags over the options of --config, which are checked as if they were typed."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config")
+    config = pre.parse_known_args(argv)[0].config
+    return p.parse_args(_config_arguments(p, config) + argv if config else argv)
+
+
+def _config_arguments(p: argparse.ArgumentParser, path: str) -> list[str]:
+    try:
+        options = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        p.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(options, dict):
+        p.error(f"--config {path}: expected 'option: value' lines")
+    known = {name for action in p._actions for name in action.option_strings}
+    for key in options:
+        if f"--{key}" not in known:
+            p.error(f"--config {path}: unknown option '{key}'")
+    return [f"--{key}={value}" for key, value in options.items() if value is not None]
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the best there is; anything else must exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+    return device

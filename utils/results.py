@@ -1,0 +1,130 @@
+"""A run folder: what an experiment writes, and how it continues after an interruption.
+
+`state.pt` is the one commit point and is written last; whatever lies beyond it is dropped by a resume.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from utils.files import check_writable, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
+
+METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
+           "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
+           "bytes_received")
+# May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
+FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
+        "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions"}
+
+
+def run_folder(o: dict[str, Any], method_options: dict[str, Any]) -> Path:
+    """results/<dataset>/<model>/<data_dist>/<init>/<opt>/<topology>_<N>/epochs_<E>/<variant>/seed_<seed>."""
+    init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
+    topology = Path(o["topology"]).stem
+    return Path(o["results_dir"]).joinpath(
+        o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
+        f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options) or "default",
+        f"seed_{o['seed']}")
+
+
+class RunFolder:
+    """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
+
+    Raises ValueError when the folder holds a run of other options, an unfinished run without `resume`, or no state
+    for `start`.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, resume: bool, start: int, overwrite: bool):
+        self.path, self.start = path, start
+        if overwrite and path.exists():
+            shutil.rmtree(path)
+        check_writable(path)
+        old = load_yaml(path / "config.yaml")
+        for key in config.keys() - FREE:
+            if key in old and old[key] != config[key]:
+                raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
+                                 "choose another --results_dir, or --overwrite to delete it")
+        if old and old.get("num_threads") != config["num_threads"]:
+            print(f"note: begun with {old.get('num_threads')} threads, now {config['num_threads']}: "
+                  "figures may differ in the last digits")
+        if start and not self._state_file(start):
+            raise ValueError(f"--merg_itr_init {start}: {path} has no state after iteration {start}; "
+                             f"there is {self._kept() or 'none'} (--keep all keeps every one)")
+        self.finished = self._iteration("state.pt")
+        if self.finished and not (resume or start) and self.finished < config["merg_itr"]:
+            raise ValueError(f"{path} holds an interrupted run (iteration {self.finished} of {config['merg_itr']} "
+                             "finished): give --resume to continue it, or --overwrite to delete it")
+        if not old:
+            save_yaml(path / "config.yaml", config)
+        elif old["merg_itr"] != config["merg_itr"]:
+            save_yaml(path / "config.yaml", old | {"merg_itr": config["merg_itr"]})
+
+    def _iteration(self, name: str) -> int:
+        file = self.path / name
+        return load_tensors(file)["iteration"] if file.exists() else 0
+
+    def _kept(self) -> list[int]:
+        kept = {int(re.sub(r"\D", "", f.stem)) for f in (self.path / "states").glob("iteration_*.pt")}
+        return sorted(kept | {self._iteration("state.pt")} - {0})
+
+    def _state_file(self, iteration: int) -> Path | None:
+        kept = self.path / "states" / f"iteration_{iteration:04d}.pt"
+        last = self.path / "state.pt"
+        if last.exists() and self._iteration("state.pt") == iteration:
+            return last
+        return kept if kept.exists() else None
+
+    def load(self) -> dict[str, Any] | None:
+        """The state to continue from (None: from the beginning), with everything beyond it dropped."""
+        file = self._state_file(self.start) if self.start else self.path / "state.pt"
+        state = load_tensors(file) if file.exists() else None
+        metrics = self.path / "metrics.csv"
+        length = state["metrics_bytes"] if state else 0
+        if metrics.exists():
+            os.truncate(metrics, length)
+        iteration = state["iteration"] if state else 0
+        for stale in self.path.glob("**/iteration_*"):
+            if int(re.search(r"iteration_(\d+)", stale.name).group(1)) > iteration:
+                stale.unlink()
+        if self.start and state:
+            save_tensors(self.path / "state.pt", state)
+        return state
+
+    def record(self, iteration: int, phase: str, rows: list[dict[str, Any]], matrix: np.ndarray) -> None:
+        """Append one row per agent to metrics.csv and write the accuracy matrix (N, N + 1)."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+        metrics = self.path / "metrics.csv"
+        if not metrics.exists() or metrics.stat().st_size == 0:
+            writer.writeheader()
+        writer.writerows({"iteration": iteration, "phase": phase} | row for row in rows)
+        with open(metrics, "a", newline="") as file:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        n = len(matrix)
+        header = ",".join(["agent", *(f"part_{j}" for j in range(n)), "all"])
+        lines = [",".join([str(i), *(f"{value:.4f}" for value in row)]) for i, row in enumerate(matrix)]
+        save_text(self.path / "accuracy_matrix" / f"iteration_{iteration:04d}_{phase}.csv",
+                  "\n".join([header, *lines]) + "\n")
+
+    def save_models(self, phase: str, states: list[dict[str, Tensor]]) -> None:
+        """The latest models of a phase, as plain state dicts."""
+        for i, state in enumerate(states):
+            save_tensors(self.path / phase / f"model_{i}.pth", {k: t.cpu() for k, t in state.items()})
+
+    def commit(self, state: dict[str, Any], keep: bool) -> None:
+        """Everything up to here is done: write state.pt, and with `keep` a copy of it for --merg_itr_init."""
+        state = state | {"metrics_bytes": (self.path / "metrics.csv").stat().st_size}
+        if keep:
+            save_tensors(self.path / "states" / f"iteration_{state['iteration']:04d}.pt", state)
+        save_tensors(self.path / "state.pt", state)

@@ -1,0 +1,110 @@
+"""Local training and evaluation of one model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The training loss is not a finite number."""
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Running averages over an epoch, as the model changed."""
+
+    loss: float
+    accuracy: float  # percent
+    samples: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per image, in the data set's order: was it right, and the cross-entropy."""
+
+    correct: Tensor  # bool (n,)
+    losses: Tensor  # float32 (n,)
+
+    def accuracy(self, indices=None) -> float:
+        """Percent right of all images or of those at `indices`; NaN for none."""
+        chosen = self.correct if indices is None else self.correct[torch.as_tensor(indices, dtype=torch.long)]
+        return 100.0 * chosen.double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        return self.losses.double().mean().item()
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float):
+    """`name`: adam or sgd. Momentum belongs to sgd alone."""
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions are fastest: channels last on tensor cores, PyTorch's own elsewhere."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def autocast(device: torch.device, amp: str):
+    return torch.autocast(device.type, dtype=AMP[amp]) if amp != "none" else contextlib.nullcontext()
+
+
+def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
+                amp: str = "none", scaler: torch.amp.GradScaler | None = None) -> EpochStats:
+    """One pass of cross-entropy training over `batches` of (x (B,C,H,W), y (B,)).
+
+    Raises Diverged when the loss stopped being finite; it is looked at once per epoch, so that the device never waits.
+    """
+    model.train()
+    loss_sum = right = None
+    samples = steps = 0
+    for x, y in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(x.device, amp):
+            scores = model(x)
+            loss = F.cross_entropy(scores, y)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        with torch.no_grad():
+            batch_loss, batch_right = loss.detach() * len(y), (scores.argmax(1) == y).sum()
+            loss_sum = batch_loss if loss_sum is None else loss_sum + batch_loss
+            right = batch_right if right is None else right + batch_right
+        samples, steps = samples + len(y), steps + 1
+    mean = float(loss_sum) / samples
+    if not math.isfinite(mean):
+        raise Diverged(f"the training loss became {mean}: try a smaller --lr")
+    return EpochStats(mean, 100.0 * int(right) / samples, samples, steps)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """One pass over `batches`, which must keep the data set's order."""
+    model.eval()
+    correct, losses = [], []
+    for x, y in batches:
+        scores = model(x)
+        correct.append(scores.argmax(1) == y)
+        losses.append(F.cross_entropy(scores, y, reduction="none"))
+    return Evaluation(torch.cat(correct).cpu(), torch.cat(losses).float().cpu())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of the state dict, in plain memory layout so that equal models are equal files."""
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
