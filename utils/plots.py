@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import write_atomically
+
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
     "DIMAT": {"color": "#0072B2", "marker": "o"},
@@ -112,10 +114,4 @@ def accuracy_figure(panels: dict[str, dict[str, Curve]], path: str | os.PathLike
     if caption:
         figure.supxlabel(caption, fontsize="small", color="#444444")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(unfinished, dpi=130)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=130))

@@ -1,0 +1,234 @@
+"""How much the main job costs above the arithmetic it can't avoid.
+
+    python -m benchmarks.main_job
+    python -m benchmarks.main_job --data_dir=datasets      CIFAR-10 images in place of random ones
+
+Every ratio compares two things timed in turns within this run, so that a busy machine slows both alike; the table gives
+medians. With ResNet-20 on 32x32 images:
+
+1. a local epoch of ours (shuffled, augmented, counted) against a bare forward/backward/step loop over the same images,
+   already normalised and batched in memory, in the fastest of the memory formats tried;
+2. a DIMAT merge (ring, `bn_reset both`, augmented) against the bare forward passes it needs: each agent's model twice
+   and each merged model once;
+3. one whole iteration (merge, evaluation, a local epoch of every agent, evaluation) in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import merging
+from data.batches import Batches
+from data.datasets import Dataset, ImageSet, class_balanced, load_dataset
+from merging.averaging import weighted_average
+from models import build_model
+from utils.seeds import generator
+from utils.topology import Topology, make_topology
+from utils.training import evaluate, make_optimizer, memory_format, snapshot, train_epoch
+
+PAPER_SECONDS = 262.0  # the paper's own code, one such iteration on 2 cores (merge 177, evaluations 2 x 33, epoch 18)
+BATCH = 100
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+def random_images(train: int, test: int) -> Dataset:
+    """A data set in CIFAR-10's shape. The time doesn't depend on what the pixels show."""
+    g = generator(0, purpose="benchmark")
+
+    def images(n: int) -> ImageSet:
+        return ImageSet(torch.randint(256, (n, 3, 32, 32), generator=g).to(torch.uint8), torch.arange(n) % 10)
+
+    half = (0.5, 0.5, 0.5)
+    return Dataset("random", images(train), images(test), 10, half, half, flip=True, padding=4)
+
+
+def cifar10(data_dir: str, train: int, test: int) -> Dataset:
+    """Class-balanced slices of CIFAR-10."""
+    full = load_dataset("cifar10", data_dir, train_samples=train)
+    chosen = torch.as_tensor(class_balanced(full.test.labels.numpy(), test, 0))
+    sliced = ImageSet(full.test.images[chosen], full.test.labels[chosen])
+    return Dataset(full.name, full.train, sliced, full.num_classes, full.mean, full.std, full.flip, full.padding)
+
+
+def seconds(job: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of `job`, waiting for the device."""
+    start = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(jobs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Each job's times: one warm-up round, then `repeats` rounds of all jobs, one after the other."""
+    times = {name: [] for name in jobs}
+    for round_ in range(repeats + 1):
+        for name, job in jobs.items():
+            spent = seconds(job, device)
+            if round_:
+                times[name].append(spent)
+    return times
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all three measurements share."""
+
+    dataset: Dataset
+    topology: Topology
+    width: int
+    repeats: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.dataset.train.images.device
+
+    def model(self, seed: int = 0, layout: torch.memory_format | None = None) -> nn.Module:
+        torch.manual_seed(seed)
+        model = build_model("resnet20", self.dataset.num_classes, width_multiplier=self.width)
+        return model.to(self.device, memory_format=layout or memory_format(self.device))
+
+    def augmented(self, indices: Tensor | None = None, agent: int = 0) -> Batches:
+        def make_generator() -> torch.Generator:
+            return generator(0, agent, purpose="benchmark")
+
+        return Batches(
+            self.dataset, self.dataset.train, indices, BATCH, shuffle=True, augment=True, make_generator=make_generator
+        )
+
+    def preloaded(self, layout: torch.memory_format) -> list[tuple[Tensor, Tensor]]:
+        batches = Batches(self.dataset, self.dataset.train, None, BATCH)
+        return [(x.clone(memory_format=layout), y.clone()) for x, y in batches]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(model, "adam", 1e-3, momentum=0.0, weight_decay=0.0)
+
+
+def bare_training(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
+    """An epoch of nothing but forward, backward and step."""
+    model, batches = setting.model(layout=layout), setting.preloaded(layout)
+    optimizer = optimizer_of(model)
+
+    def job() -> None:
+        model.train()
+        for x, y in batches:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return job
+
+
+def bare_passes(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
+    """The forward passes of a merge: two BatchNorm re-estimations (batch statistics) and one matching per agent."""
+    model, batches = setting.model(layout=layout), setting.preloaded(layout)
+
+    @torch.inference_mode()
+    def job() -> None:
+        for mode, passes in ((True, 2 * setting.topology.num_agents), (False, setting.topology.num_agents)):
+            model.train(mode)
+            for _ in range(passes):
+                for x, _ in batches:
+                    model(x)
+
+    return job
+
+
+def local_epoch(setting: Setting) -> Callable[[], object]:
+    model = setting.model()
+    optimizer = optimizer_of(model)
+    return lambda: train_epoch(model, setting.augmented(), optimizer)
+
+
+def dimat_merge(setting: Setting) -> Callable[[], list[dict[str, Tensor]]]:
+    states = [snapshot(setting.model(agent)) for agent in range(setting.topology.num_agents)]
+    model = setting.model()
+    return lambda: merging.merge(
+        states, setting.topology.pi, "DIMAT", setting.augmented(), model=model, bn_reset="both"
+    )
+
+
+def whole_iteration(setting: Setting) -> Callable[[], None]:
+    """Merge, evaluate every model and their plain average, train every agent for an epoch, evaluate again."""
+    agents = range(setting.topology.num_agents)
+    parts = torch.arange(len(setting.dataset.train.labels)).chunk(len(agents))
+    tests = Batches(setting.dataset, setting.dataset.test, None, BATCH)
+    merge, model = dimat_merge(setting), setting.model()
+
+    def evaluate_all(states: list[dict[str, Tensor]]) -> None:
+        for state in [*states, weighted_average(states, [1 / len(agents)] * len(agents))]:
+            model.load_state_dict(state)
+            evaluate(model, tests)
+
+    def job() -> None:
+        merged = merge()
+        evaluate_all(merged)
+        trained = []
+        for agent in agents:
+            model.load_state_dict(merged[agent])
+            train_epoch(model, setting.augmented(parts[agent], agent), optimizer_of(model))
+            trained.append(snapshot(model))
+        evaluate_all(trained)
+
+    return job
+
+
+def compare(setting: Setting, label: str, bound: float, ours: Callable, bare: Callable) -> str:
+    """A row of the table: our time, the bare loop's in its fastest layout, and the median ratio of the rounds."""
+    jobs = {name: bare(setting, layout) for name, layout in LAYOUTS.items()}
+    times = in_turns({**jobs, "ours": ours(setting)}, setting.repeats, setting.device)
+    best = min(LAYOUTS, key=lambda name: statistics.median(times[name]))
+    ratio = statistics.median(a / b for a, b in zip(times["ours"], times[best], strict=True))
+    return row(label, statistics.median(times["ours"]), statistics.median(times[best]), ratio, bound, best)
+
+
+def row(label: str, ours: float, other: float, ratio: float, bound: float, remark: str) -> str:
+    return f"{label:<36}{ours:>9.3f}{other:>9.3f}{ratio:>8.3f}{bound:>8.2f}   {remark}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.main_job",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the medians are shown")
+    parser.add_argument("--train_samples", type=int, default=2000, help="training images of all agents together")
+    parser.add_argument("--test_samples", type=int, default=500, help="test images")
+    parser.add_argument("--agents", type=int, default=5, help="agents on the ring")
+    parser.add_argument("--width_multiplier", type=int, default=1, help="width of ResNet-20")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--data_dir", default=None, help="take CIFAR-10 from this folder, not random images")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sizes = (options.train_samples, options.test_samples)
+    dataset = cifar10(options.data_dir, *sizes) if options.data_dir else random_images(*sizes)
+    setting = Setting(
+        dataset.to(torch.device(options.device)),
+        make_topology("ring", options.agents),
+        options.width_multiplier,
+        options.repeats,
+    )
+    print(f"ResNet-20 width {setting.width}, {sizes[0]} + {sizes[1]} {dataset.name} images of 32x32, batch {BATCH}, "
+          f"ring of {options.agents}\n{setting.device}, {options.threads} threads, torch {torch.__version__}")
+    print(f"{'medians':<36}{'ours (s)':>9}{'them (s)':>9}{'ratio':>8}{'bound':>8}   the other side")
+    print(compare(setting, "a local epoch : bare training loop", 1.05, local_epoch, bare_training), flush=True)
+    print(compare(setting, "a DIMAT merge : its forward passes", 1.2, dimat_merge, bare_passes), flush=True)
+    times = in_turns({"ours": whole_iteration(setting)}, setting.repeats, setting.device)["ours"]
+    spent = statistics.median(times)
+    remark = f"quoted, not measured here: {PAPER_SECONDS / spent:.0f} times faster"
+    print(row("an iteration : the published code", spent, PAPER_SECONDS, spent / PAPER_SECONDS, 0.2, remark))
+
+
+if __name__ == "__main__":
+    main()
