@@ -11,7 +11,7 @@ __all__ = ["MODELS", "build_model", "infer_width", "model_builder", "register_mo
 
 
 def model_builder(name: str) -> ModelBuilder:
-    """The builder behind `name`: one of `MODELS`, or `X
+    """The builder behind `name`: one of `MODELS`, or `tv:<name>` of torchvision.
 
     Raises ValueError, listing the choices, for a name that is neither.
     """
@@ -61,7 +61,12 @@ def build_model(
 
 
 def infer_width(name: str, state: dict[str, torch.Tensor]) -> int:
-    """The width multiplier of a state dict of model `name`, from the rows of its first tensor; 1 where it has no say."""
+    """The width multiplier of a state dict of model `name`, from the rows of its first tensor; 1 where it has none.
+
+    Raises ValueError if that tensor is missing, so that `state` cannot be one of `name`.
+    """
+    if name.startswith(PREFIX):
+        return 1
     with torch.device("meta"):
         narrow = build_model(name, 10, image_size=64, width_multiplier=1).state_dict()
     first = next(iter(narrow))

@@ -1,0 +1,186 @@
+"""Topologies: mixing matrices, the paper's eigenvalues, JSON files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from utils.topology import EXPS, TOPOLOGIES, Topology, make_topology, metropolis_hastings
+
+# paper-facts: second-largest |eigenvalue| at these numbers of agents
+PAPER_AGENTS = (2, 3, 5, 10, 20)
+PAPER_EIGENVALUES = {
+    "ring": (0, 0, 0.539, 0.873, 0.967),
+    "bipartite": (1, 0.5, 0.500, 0.780, 0.900),
+    "fully_connected": (0, 0, 0, 0, 0),
+}
+
+
+def assert_sound(topology: Topology, num_agents: int) -> None:
+    pi, edges = topology.pi, topology.connectivity
+    assert topology.num_agents == num_agents
+    assert edges.shape == pi.shape == (num_agents, num_agents)
+    assert edges.dtype == bool and pi.dtype == np.float64
+    assert not edges.diagonal().any()
+    np.testing.assert_array_equal(edges, edges.T)
+    np.testing.assert_allclose(pi, pi.T, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(pi.sum(axis=0), 1, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(pi.sum(axis=1), 1, rtol=0, atol=1e-12)
+    assert (pi >= 0).all()
+    off_diagonal = ~np.eye(num_agents, dtype=bool)
+    np.testing.assert_array_equal((pi > 0) & off_diagonal, edges)
+
+
+@pytest.mark.parametrize("name", PAPER_EIGENVALUES)
+def test_the_papers_eigenvalues(name):
+    for num_agents, expected in zip(PAPER_AGENTS, PAPER_EIGENVALUES[name], strict=True):
+        topology = make_topology(name, num_agents)
+        assert_sound(topology, num_agents)
+        assert topology.second_eigenvalue == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_topology_is_sound_for_every_number_of_agents(name):
+    for num_agents in range(1, 26):
+        topology = make_topology(name, num_agents)
+        assert_sound(topology, num_agents)
+        alone = name == "disconnected" or (name == "bipartite" and num_agents == 2)
+        assert topology.is_connected == (num_agents == 1 or not alone)
+        assert (topology.second_eigenvalue > 1 - 1e-9) == (not topology.is_connected)
+    assert make_topology(name, 1).pi.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("num_agents", [100, 101, 102, 150])
+def test_bipartite_around_the_end_of_the_floor_rule(num_agents):
+    topology = make_topology("bipartite", num_agents)
+    assert_sound(topology, num_agents)
+    assert topology.pi[0, -1] == pytest.approx(0.01 if num_agents <= 101 else 1 / (num_agents - 1))
+
+
+def test_bipartite_weights_are_the_papers():
+    np.testing.assert_allclose(
+        make_topology("bipartite", 4).pi,
+        [[0.34, 0, 0.33, 0.33], [0, 0.34, 0.33, 0.33], [0.33, 0.33, 0.34, 0], [0.33, 0.33, 0, 0.34]],
+    )
+    np.testing.assert_array_equal(make_topology("bipartite", 3).pi, [[0, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5]])
+    np.testing.assert_array_equal(make_topology("bipartite", 2).pi, np.eye(2))
+
+
+def test_ring_and_fully_connected_weights_are_exact():
+    assert set(make_topology("ring", 5).pi[make_topology("ring", 5).pi > 0]) == {1 / 3}
+    np.testing.assert_array_equal(make_topology("ring", 2).pi, np.full((2, 2), 0.5))
+    for num_agents in PAPER_AGENTS:
+        # bitwise: equal rows mean that one merge serves all agents
+        np.testing.assert_array_equal(make_topology("fully_connected", num_agents).pi, 1 / num_agents)
+
+
+def test_neighbours():
+    assert make_topology("ring", 5).neighbours(0) == [1, 4]
+    assert make_topology("star", 4).neighbours(0) == [1, 2, 3]
+    assert make_topology("star", 4).neighbours(3) == [0]
+    assert make_topology("bipartite", 5).neighbours(4) == [0, 1, 2]
+    assert make_topology("exponential", 8).neighbours(0) == [1, 2, 4, 6, 7]
+    assert make_topology("torus", 12).neighbours(0) == [1, 3, 4, 8]  # 3 rows of 4
+    assert make_topology("disconnected", 3).neighbours(1) == []
+    np.testing.assert_array_equal(make_topology("torus", 7).connectivity, make_topology("ring", 7).connectivity)
+
+
+def test_random_depends_on_its_seed_only():
+    one, same, other = (make_topology("random", 12, seed=seed).connectivity for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert not one.all(where=~np.eye(12, dtype=bool))
+
+
+def test_metropolis_hastings_on_a_star_and_on_what_is_no_graph():
+    pi = metropolis_hastings(make_topology("star", 4).connectivity)
+    np.testing.assert_allclose(pi[0], 0.25)
+    np.testing.assert_allclose(pi[1], [0.25, 0.75, 0, 0])
+    with pytest.raises(ValueError, match="square symmetric"):
+        metropolis_hastings(np.array([[0, 1], [0, 0]]))
+    with pytest.raises(ValueError, match="square symmetric"):
+        metropolis_hastings(np.zeros((2, 3)))
+
+
+def test_exps_are_topologies():
+    assert [EXPS[number] for number in (1, 2, 3, 4)] == ["fully_connected", "ring", "bipartite", "disconnected"]
+    assert set(EXPS.values()) <= set(TOPOLOGIES)
+
+
+def test_unknown_names_and_no_agents():
+    with pytest.raises(ValueError, match=r"unknown topology 'rign'.*fully_connected, ring, .*\.json"):
+        make_topology("rign", 5)
+    with pytest.raises(ValueError, match="at least 1 agent, not 0"):
+        make_topology("ring", 0)
+
+
+@pytest.mark.parametrize("name", ["ring", "bipartite", "star", "disconnected"])
+def test_a_file_comes_back_as_it_was(name, tmp_path):
+    topology = make_topology(name, 5)
+    path = tmp_path / "graph.json"
+    path.write_text(topology.to_json())
+    loaded = make_topology(str(path), 5)
+    assert loaded.name == name
+    np.testing.assert_array_equal(loaded.connectivity, topology.connectivity)
+    np.testing.assert_array_equal(loaded.pi, topology.pi)
+    assert loaded.is_connected == topology.is_connected
+
+
+def test_a_file_without_pi_gets_metropolis_hastings_weights(tmp_path):
+    path = tmp_path / "path.json"
+    path.write_text(json.dumps({"num_agents": 3, "connectivity": [[1, 1, 0], [1, 1, 1], [0, 1, 1]]}))
+    topology = make_topology(path, 3)  # self loops are ignored
+    assert_sound(topology, 3)
+    assert topology.name == "path"
+    assert topology.pi[0, 1] == pytest.approx(1 / 3)
+
+
+def test_a_file_may_weigh_the_two_ways_of_an_edge_differently(tmp_path):
+    path = tmp_path / "circulant.json"
+    pi = [[0.5, 0.2, 0.3], [0.3, 0.5, 0.2], [0.2, 0.3, 0.5]]
+    path.write_text(json.dumps({"connectivity": [[0, 1, 1], [1, 0, 1], [1, 1, 0]], "pi": pi}))
+    topology = make_topology(path, 3)
+    np.testing.assert_array_equal(topology.pi, pi)
+    root = np.exp(2j * np.pi / 3)
+    assert topology.second_eigenvalue == pytest.approx(abs(0.5 + 0.2 * root + 0.3 * root**2))
+
+
+LINE = [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+HALF = [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+FAULTS = {
+    "not json": ("{", "Expecting property name"),
+    "a list": ([], "no 'connectivity'"),
+    "no connectivity": ({"pi": HALF}, "no 'connectivity'"),
+    "another number of agents": ({"num_agents": 5, "connectivity": LINE}, "num_agents is 5, but there are 3 agents"),
+    "another size": ({"connectivity": [[0, 1], [1, 0]]}, r"shape \(2, 2\), but 3 agents need \(3, 3\)"),
+    "not square": ({"connectivity": LINE, "pi": HALF[:2]}, r"pi has shape \(2, 3\)"),
+    "ragged": ({"connectivity": LINE[:2] + [[1]]}, "connectivity is not a matrix of numbers"),
+    "words": ({"connectivity": LINE, "pi": [["a"] * 3] * 3}, "pi is not a matrix of numbers"),
+    "weights as edges": ({"connectivity": HALF}, "other than 0 and 1"),
+    "one-way edge": ({"connectivity": [[0, 1, 0], [0, 0, 0], [0, 0, 0]]}, r"not symmetric.* \(0, 1\) one way"),
+    "negative": ({"connectivity": LINE, "pi": [[1.5, -0.5, 0], HALF[1], HALF[2]]}, r"pi\[0\]\[1\] is negative"),
+    "not finite": ({"connectivity": LINE, "pi": [[float("nan")] * 3] * 3}, "pi has entries that are not finite"),
+    "one-way weight": ({"connectivity": LINE, "pi": [[1, 0, 0], HALF[1], HALF[2]]}, "no symmetric support"),
+    "weight beside the edges": ({"connectivity": LINE, "pi": [[1 / 3] * 3] * 3}, r"pi\[0\]\[2\] is positive, but"),
+    "edge without weight": ({"connectivity": LINE, "pi": np.eye(3).tolist()}, r"pi\[0\]\[1\] is 0, but"),
+    "row sum": ({"connectivity": LINE, "pi": [[0.4, 0.5, 0], HALF[1], HALF[2]]}, "row 0 sums to 0.9, not to 1"),
+    "column sum": (
+        {"connectivity": LINE, "pi": [[0.5, 0.5, 0], [0.4, 0.2, 0.4], [0, 0.5, 0.5]]},
+        "column 1 sums to 1.2, not to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_file_is_named_with_its_fault(fault, tmp_path):
+    content, message = FAULTS[fault]
+    path = tmp_path / "faulty.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"faulty\.json: .*{message}") as caught:
+        make_topology(path, 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        make_topology(tmp_path / "none.json", 3)

@@ -1,0 +1,259 @@
+"""Who talks to whom, and with which weights: undirected graphs and their doubly stochastic mixing matrices."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.csgraph import connected_components
+
+from utils.seeds import generator
+
+TOLERANCE = 1e-6  # of the row and column sums of a mixing matrix read from a file
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """An undirected graph over N agents and its mixing matrix.
+
+    connectivity: (N, N) bool, symmetric, no self loops. pi: (N, N) float64, doubly stochastic, and off the
+    diagonal positive exactly on the edges; `pi[i, j]` is the weight of agent j's model in agent i's merge.
+    """
+
+    name: str
+    connectivity: np.ndarray
+    pi: np.ndarray
+
+    @property
+    def num_agents(self) -> int:
+        return len(self.pi)
+
+    def neighbours(self, agent: int) -> list[int]:
+        """The agents tied to `agent`, ascending, itself not among them."""
+        return np.flatnonzero(self.connectivity[agent]).tolist()
+
+    @property
+    def second_eigenvalue(self) -> float:
+        """Second-largest absolute eigenvalue of pi: 0 averages in one step, 1 never agrees. 0 for a single agent."""
+        magnitudes = np.sort(np.abs(np.linalg.eigvals(self.pi)))
+        return float(magnitudes[-2]) if self.num_agents > 1 else 0.0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether every agent can be reached from every other."""
+        return connected_components(self.connectivity, directed=False, return_labels=False) == 1
+
+    def to_json(self) -> str:
+        """The text of a file that `make_topology` reads back to an equal topology."""
+        return json.dumps(
+            {
+                "graph_type": self.name,
+                "num_agents": self.num_agents,
+                "connectivity": self.connectivity.astype(int).tolist(),
+                "pi": self.pi.tolist(),
+            }
+        )
+
+
+def metropolis_hastings(connectivity: np.ndarray) -> np.ndarray:
+    """Symmetric doubly stochastic weights for any undirected graph: (N, N) bool -> (N, N) float64.
+
+    An edge weighs 1 / (1 + the larger of its ends' degrees), an agent itself what is left of 1 (always positive). On a
+    regular graph of degree d all weights are exactly 1 / (1 + d): the paper's fully connected and ring matrices.
+    The diagonal of `connectivity` is ignored; raises ValueError if it is not square and symmetric.
+    Source: Xiao and Boyd 2004, Fast linear iterations for distributed averaging, section 4.
+    """
+    edges = np.asarray(connectivity, dtype=bool)
+    if edges.ndim != 2 or edges.shape[0] != edges.shape[1] or not np.array_equal(edges, edges.T):
+        raise ValueError(f"connectivity of shape {edges.shape} is not a square symmetric matrix")
+    edges = edges & ~np.eye(len(edges), dtype=bool)
+    fair = 1.0 / (1 + edges.sum(axis=1))
+    pi = np.where(edges, np.minimum.outer(fair, fair), 0.0)
+    # As a sum of differences rather than 1 - sum, so that it is exactly `fair` on a regular graph
+    np.fill_diagonal(pi, fair + np.where(edges, fair[:, None] - pi, 0.0).sum(axis=1))
+    return pi
+
+
+Graph = Callable[[int, int], np.ndarray]  # (num_agents, seed) -> connectivity (N, N) bool
+TOPOLOGIES: dict[str, Callable[[int, int], Topology]] = {}
+
+
+def register_topology(
+    name: str, weights: Callable[[np.ndarray], np.ndarray] = metropolis_hastings
+) -> Callable[[Graph], Graph]:
+    """Decorator that makes a graph available as `name`, mixed with `weights(connectivity)`."""
+
+    def register(graph: Graph) -> Graph:
+        def make(num_agents: int, seed: int) -> Topology:
+            connectivity = graph(num_agents, seed)
+            return Topology(name, connectivity, weights(connectivity))
+
+        TOPOLOGIES[name] = make
+        return graph
+
+    return register
+
+
+def _undirected(num_agents: int, edges: list[tuple[int, int]]) -> np.ndarray:
+    """(N, N) bool adjacency of the edges, both ways; an edge from an agent to itself is left out."""
+    connectivity = np.zeros((num_agents, num_agents), dtype=bool)
+    for i, j in edges:
+        connectivity[i, j] = connectivity[j, i] = i != j
+    return connectivity
+
+
+@register_topology("fully_connected")
+def fully_connected(num_agents: int, seed: int) -> np.ndarray:
+    """Everyone with everyone: every weight is 1 / N."""
+    return ~np.eye(num_agents, dtype=bool)
+
+
+@register_topology("ring")
+def ring(num_agents: int, seed: int) -> np.ndarray:
+    """A circle: weights 1/3, for two agents 1/2."""
+    return _undirected(num_agents, [(i, (i + 1) % num_agents) for i in range(num_agents)])
+
+
+def _bipartite_weights(connectivity: np.ndarray) -> np.ndarray:
+    """The paper's: floor(100 / (N - 1)) / 100 on every edge, rounded so while that is positive (N <= 101)."""
+    n = len(connectivity)
+    edge_weight = (100 // (n - 1) / 100 if n <= 101 else 1 / (n - 1)) if n > 1 else 0.0
+    return np.where(connectivity, edge_weight, 0.0) + np.diag(1.0 - connectivity.sum(axis=1) * edge_weight)
+
+
+@register_topology("bipartite", weights=_bipartite_weights)
+def bipartite(num_agents: int, seed: int) -> np.ndarray:
+    """All tied to the last two, the hubs, which are not tied to each other: two agents are alone, three a path."""
+    hubs = range(max(num_agents - 2, 0), num_agents)
+    return _undirected(num_agents, [(spoke, hub) for spoke in range(num_agents - 2) for hub in hubs])
+
+
+@register_topology("disconnected")
+def disconnected(num_agents: int, seed: int) -> np.ndarray:
+    """Every agent alone."""
+    return np.zeros((num_agents, num_agents), dtype=bool)
+
+
+@register_topology("exponential")
+def exponential(num_agents: int, seed: int) -> np.ndarray:
+    """Agents whose distance on the circle is a power of two: about 2 log2(N) neighbours each."""
+    hops = [2**k for k in range((num_agents - 1).bit_length())]
+    return _undirected(num_agents, [(i, (i + hop) % num_agents) for i in range(num_agents) for hop in hops])
+
+
+@register_topology("torus")
+def torus(num_agents: int, seed: int) -> np.ndarray:
+    """The most nearly square full grid of N agents, row by row, wrapped at its borders; for a prime N the ring."""
+    rows = next(r for r in range(math.isqrt(num_agents), 0, -1) if num_agents % r == 0)
+    grid = np.arange(num_agents).reshape(rows, -1)
+    neighbours = [np.roll(grid, -1, axis=axis).ravel().tolist() for axis in (0, 1)]
+    return _undirected(num_agents, [edge for ends in neighbours for edge in enumerate(ends)])
+
+
+@register_topology("star")
+def star(num_agents: int, seed: int) -> np.ndarray:
+    """Everyone tied to agent 0 only."""
+    return _undirected(num_agents, [(0, i) for i in range(num_agents)])
+
+
+@register_topology("random")
+def random(num_agents: int, seed: int) -> np.ndarray:
+    """A connected Erdos-Renyi graph, the same for the same seed.
+
+    Edge probability 2 ln(N) / N, twice the threshold of connectedness; drawn again until it is connected.
+    """
+    probability = 2 * math.log(num_agents) / num_agents
+    draws = generator(seed, purpose="topology")
+    while True:
+        upper = torch.rand(num_agents, num_agents, generator=draws).numpy() < probability
+        connectivity = np.triu(upper, k=1)
+        connectivity = connectivity | connectivity.T
+        if connected_components(connectivity, directed=False, return_labels=False) == 1:
+            return connectivity
+
+
+# The numbers that `--exp` takes
+EXPS = {1: "fully_connected", 2: "ring", 3: "bipartite", 4: "disconnected"}
+
+
+def make_topology(name: str | Path, num_agents: int, seed: int = 0) -> Topology:
+    """The topology `name`, one of `TOPOLOGIES` or a JSON file, over `num_agents` >= 1 agents; `seed` is for `random`.
+
+    A file holds `num_agents`, `connectivity` ((N, N) of 0 and 1, the diagonal is ignored) and as a rule `pi` ((N, N)
+    weights, Metropolis-Hastings ones if absent) and `graph_type` (a name). A graph that isn't connected is accepted;
+    `Topology.is_connected` says so.
+
+    Raises ValueError for an unknown name (choices listed), for fewer than 1 agent and for a file that is not such a
+    topology over `num_agents` agents; FileNotFoundError if there is no such file.
+    """
+    if num_agents < 1:
+        raise ValueError(f"a topology needs at least 1 agent, not {num_agents}")
+    if str(name) in TOPOLOGIES:
+        return TOPOLOGIES[str(name)](num_agents, seed)
+    if Path(name).suffix == ".json":
+        return _load(Path(name), num_agents)
+    raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(TOPOLOGIES)}, or a .json file")
+
+
+def _load(path: Path, num_agents: int) -> Topology:
+    """Reads and checks a topology file; every error names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"topology file {path} does not exist")
+    try:
+        return _parse(json.loads(path.read_text(encoding="utf-8")), path.stem, num_agents)
+    except ValueError as error:  # json's and unicode's errors are ValueErrors too
+        raise ValueError(f"topology file {path}: {error}") from error
+
+
+def _parse(content: Any, default_name: str, num_agents: int) -> Topology:
+    if not isinstance(content, dict) or "connectivity" not in content:
+        raise ValueError("there is no 'connectivity' (expected keys: graph_type, num_agents, connectivity, pi)")
+    if content.get("num_agents", num_agents) != num_agents:
+        raise ValueError(f"num_agents is {content['num_agents']}, but there are {num_agents} agents")
+
+    given = _matrix(content["connectivity"], "connectivity", num_agents)
+    if not np.isin(given, (0, 1)).all():
+        raise ValueError("connectivity has entries other than 0 and 1")
+    connectivity = (given == 1) & ~np.eye(num_agents, dtype=bool)
+    _check(connectivity == connectivity.T, "connectivity is not symmetric: it has the edge ({i}, {j}) one way only")
+
+    if content.get("pi") is None:
+        pi = metropolis_hastings(connectivity)
+    else:
+        pi = _matrix(content["pi"], "pi", num_agents)
+        _check(pi >= 0, "pi[{i}][{j}] is negative")
+        positive = pi > 0
+        _check(positive == positive.T, "pi has no symmetric support: only one of ({i}, {j}) and ({j}, {i}) is positive")
+        itself = np.eye(num_agents, dtype=bool)
+        _check(connectivity | itself | ~positive, "pi[{i}][{j}] is positive, but connectivity has no such edge")
+        _check(positive | ~connectivity, "pi[{i}][{j}] is 0, but connectivity has this edge")
+        for what, axis in (("row", 1), ("column", 0)):
+            sums = pi.sum(axis=axis)
+            worst = int(np.abs(sums - 1).argmax())
+            if abs(sums[worst] - 1) > TOLERANCE:
+                raise ValueError(f"pi's {what} {worst} sums to {sums[worst]:.6g}, not to 1")
+    return Topology(str(content.get("graph_type", default_name)), connectivity, pi)
+
+
+def _matrix(values: Any, what: str, size: int) -> np.ndarray:
+    """(size, size) float64 of finite numbers, or a ValueError."""
+    try:
+        matrix = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is not a matrix of numbers") from None
+    if matrix.shape != (size, size):
+        raise ValueError(f"{what} has shape {matrix.shape}, but {size} agents need ({size}, {size})")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{what} has entries that are not finite")
+    return matrix
+
+
+def _check(holds: np.ndarray, message: str) -> None:
+    """ValueError with `message`, its {i} and {j} the first entry where `holds` is false."""
+    if not holds.all():
+        i, j = np.argwhere(~holds)[0]
+        raise ValueError(message.format(i=i, j=j))
