@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from models import MODELS, infer_width
 from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
 from utils.checkpoint import check_state, describe, inherit, load_states
+from utils.files import circumstances
 from utils.options import main_parser, parse, pick_device
 from utils.progress import progress
 from utils.results import RunFolder, run_folder
@@ -243,9 +243,7 @@ def run(o: Namespace, command: str) -> Path:
     fleet = Fleet(o, topology, LocalTrainer(new_model(o, dataset), dataset, o, device), train_parts, test_parts,
                   states, samples=[0] * o.num_models, steps=[0] * o.num_models)
     _ = fleet.spec  # a model that can't be permuted is an error now, not after hours
-    config = vars(o) | {
-        "num_threads": torch.get_num_threads(), "command": command,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    config = vars(o) | circumstances(command)
     folder = RunFolder(run_folder(vars(o), options_that_matter(o, made_with)), config,
                        resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite)
     if folder.finished >= o.merg_itr and not o.merg_itr_init:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shlex
 import shutil
 import sys
 from argparse import Namespace
@@ -20,7 +21,7 @@ from data.partition import PARTITIONS, make_partition
 from models import MODELS, build_model
 from utils import training
 from utils.checkpoint import check_state, checkpoint_folder
-from utils.files import check_writable, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.files import check_writable, circumstances, load_tensors, load_yaml, save_tensors, save_text, save_yaml
 from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
 from utils.seeds import generator
@@ -136,7 +137,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     save_text(path, text.getvalue())
 
 
-def prepare_folder(o: Namespace) -> Path:
+def prepare_folder(o: Namespace, command: str) -> Path:
     """The checkpoint folder with its config.yaml; refuses one that was made with other options."""
     folder = checkpoint_folder(vars(o))
     if o.overwrite and folder.exists():
@@ -150,17 +151,16 @@ def prepare_folder(o: Namespace) -> Path:
             raise ValueError(f"{folder} was made with --{key} {old[key]}, not {value}: "
                              "choose another --save_folder or give --overwrite")
     if not old:
-        save_yaml(folder / "config.yaml", config | {
-            "command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads()})
+        save_yaml(folder / "config.yaml", config | circumstances(command))
     return folder
 
 
-def run(o: Namespace) -> Path:
+def run(o: Namespace, command: str) -> Path:
     fill_defaults(o)
     device = pick_device(o.device)
     dataset, parts, _ = load_agents_data(o, device)
     template = new_model(o, dataset, seed=0)
-    folder = prepare_folder(o)
+    folder = prepare_folder(o, command)
     table = folder / "model_accuracies.csv"
     rows = read_rows(table)
     missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
@@ -185,8 +185,9 @@ def run(o: Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(train_parser(DATASETS, MODELS, PARTITIONS), argv)
+    command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
     try:
-        folder = run(options)
+        folder = run(options, command)
     except (ValueError, OSError, training.Diverged) as error:
         if os.environ.get("DIMAT_DEBUG"):
             raise

@@ -18,8 +18,10 @@ INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "width_mul
 def checkpoint_folder(o: dict[str, Any]) -> Path:
     """The documented path of train.py's checkpoints for its options `o`."""
     init = "same" if o["init_seed"] else "diff"
+    halves = o["data_dist"] == "non-iid-PF" and o["phase"] != "pretrain"
+    unusual = variant(o | {"phase": o["phase"] if halves else None})
     parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
-             f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", variant(o), f"random_seed_{o['seed']}"]
+             f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
     return Path(o["save_folder"]).joinpath(*filter(None, parts))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import yaml
 
@@ -19,6 +21,12 @@ REFERENCE = {
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
 }
 SHORT = {"width_multiplier": "width"}
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """What config.yaml says of the machine: command line, versions and threads."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return {"command": command, "versions": versions, "num_threads": torch.get_num_threads()}
 
 
 def variant(options: dict[str, Any]) -> str:

@@ -1,0 +1,46 @@
+"""Run the scripts as a user would."""
+
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset=digits", "--width_multiplier=1", "--train_samples=200"]
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def script(name: str, *arguments: str, cwd: Path, check: bool = True) -> Result:
+    """What `python -m name ...` does in `cwd` with one thread, but in this process: importing torch takes seconds."""
+    out, err, before, threads = io.StringIO(), io.StringIO(), Path.cwd(), torch.get_num_threads()
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = importlib.import_module(name).main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        torch.set_num_threads(threads)
+        os.chdir(before)
+    result = Result(code, out.getvalue(), err.getvalue())
+    assert code == 0 or not check, f"{name} {arguments} exited {code}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def process(name: str, *arguments: str, cwd: Path) -> subprocess.Popen:
+    """A real process, for those who want to kill it; one thread, its lines on a pipe."""
+    return subprocess.Popen([sys.executable, "-m", name, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})

@@ -1,0 +1,177 @@
+"""main.py as a user runs it: it continues, refuses, counts its passes and really learns."""
+
+import csv
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import process, script
+
+RUN = ["--dataset=digits", "--num_models=3", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
+
+
+def folder_of(result, home: Path) -> Path:
+    return home / result.stdout.splitlines()[-1].removeprefix("results: ")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
+
+
+def equal_runs(a: Path, b: Path) -> None:
+    """All saved tensors, accuracy matrices and metrics.csv apart from its timings."""
+    assert rows_of(a) == rows_of(b)
+    for kind in ("**/*.pth", "**/iteration_*.csv"):
+        files = sorted(f.relative_to(a) for f in a.glob(kind))
+        assert files and files == sorted(f.relative_to(b) for f in b.glob(kind))
+        for file in files:
+            assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    x, y = (torch.load(f / "state.pt", weights_only=True) for f in (a, b))
+    assert x.keys() == y.keys() and x["iteration"] == y["iteration"]
+    for s, t in zip(x["states"], y["states"], strict=True):
+        assert all(torch.equal(s[k], t[k]) for k in s)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoints, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("main")
+    return folder_of(script("main", *RUN, f"--ckp={checkpoints}", "--keep=all", cwd=home), home)
+
+
+def test_a_run_folder_holds_what_it_should(uninterrupted):
+    assert uninterrupted.as_posix().endswith(
+        "results/digits/resnet20/iid/trained/DIMAT/ring_3/epochs_1/"
+        "width=1,train_samples=200,match_augment=False,pretrain_epochs=2/seed_0")
+    rows = rows_of(uninterrupted)
+    phases = [(row["iteration"], row["phase"]) for row in rows[::3]]
+    assert phases == [("0", "initial"), ("1", "merged"), ("1", "trained"), ("2", "merged"), ("2", "trained"),
+                      ("3", "merged"), ("3", "trained"), ("4", "merged")]
+    merged = [row for row in rows if row["phase"] == "merged"]
+    assert all(row["train_accuracy"] == "" and int(row["bytes_sent"]) > 0 for row in merged)
+    assert all(float(row["train_accuracy"]) > 0 for row in rows if row["phase"] == "trained")
+    matrix = np.loadtxt(uninterrupted / "accuracy_matrix/iteration_0004_merged.csv", delimiter=",", skiprows=1)
+    assert matrix.shape == (3, 1 + 3 + 1)
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(matrix[2, -1], abs=1e-3)
+    assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 3
+
+
+def test_a_finished_run_says_so(uninterrupted, checkpoints):
+    home = uninterrupted.parents[8]
+    before = (uninterrupted / "state.pt").stat().st_mtime_ns
+    assert "finished before" in script("main", *RUN, f"--ckp={checkpoints}", cwd=home).stdout
+    assert (uninterrupted / "state.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_resumes_to_an_equal_one(uninterrupted, checkpoints, tmp_path, seed):
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    running = process("main", *command, cwd=tmp_path)
+    draw = random.Random(seed)
+    lines, wanted = 0, 3 + draw.randrange(4)
+    while lines < wanted:
+        lines += running.stdout.readline().startswith("iteration")
+    time.sleep(draw.random() * 0.3)
+    running.kill()
+    running.communicate()
+    refused = script("main", *command, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    equal_runs(uninterrupted, folder_of(script("main", *command, "--resume", cwd=tmp_path), tmp_path))
+
+
+def test_a_finished_run_goes_on_as_if_it_had_never_stopped(uninterrupted, checkpoints, tmp_path):
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    script("main", *command, "--merg_itr=2", cwd=tmp_path)
+    equal_runs(uninterrupted, folder_of(script("main", *command, "--resume", cwd=tmp_path), tmp_path))
+
+
+def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[8], home)
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
+    result = script("main", *command, "--merg_itr_init=9", cwd=home, check=False)
+    assert result.returncode == 2 and "--merg_itr_init 9" in result.stderr
+
+
+def broken(checkpoints: Path, home: Path, change) -> Path:
+    copy = home / "random_seed_0"
+    shutil.copytree(checkpoints, copy)
+    state = torch.load(copy / "model_1.pth", weights_only=True)
+    change(copy, state)
+    if (copy / "model_1.pth").stat().st_size > 100:
+        torch.save(state, copy / "model_1.pth")
+    return copy
+
+
+def _nan(copy, state):
+    state["layer1.0.conv1.weight"][0, 0] = float("nan")
+
+
+def _wider(copy, state):
+    state["conv1.weight"] = torch.zeros(32, 1, 3, 3)
+
+
+def _other(copy, state):
+    state["fc.weight"] = state.pop("linear.weight")
+
+
+def _truncated(copy, state):
+    (copy / "model_1.pth").write_bytes((copy / "model_1.pth").read_bytes()[:50])
+
+
+def _one_less(copy, state):
+    (copy / "model_2.pth").unlink()
+
+
+@pytest.mark.parametrize(("change", "word"), [(_nan, "layer1.0.conv1.weight"), (_wider, "conv1.weight"),
+                                              (_other, "architecture"), (_truncated, "model_1.pth"),
+                                              (_one_less, "--num_models")])
+def test_bad_checkpoints_are_named_before_work(checkpoints, tmp_path, change, word):
+    result = script("main", *RUN, f"--ckp={broken(checkpoints, tmp_path, change)}", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert word in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--ckp=nowhere"], "nowhere"), (["--data_dist=non-iid"], "--data_dist"), (["--topology=ring"], "--exp"),
+    (["--diffinit=True"], "--diffinit"), (["--results_dir=/proc/nowhere"], "/proc/nowhere")])
+def test_contradictions_are_named_before_work(checkpoints, tmp_path, flags, word):
+    result = script("main", *RUN, f"--ckp={checkpoints}", *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_topology_of_another_size_is_an_error(checkpoints, tmp_path):
+    file = tmp_path / "two.json"
+    file.write_text('{"num_agents": 2, "connectivity": [[0, 1], [1, 0]], "pi": [[0.5, 0.5], [0.5, 0.5]]}')
+    flags = [flag for flag in RUN if not flag.startswith("--exp")]
+    result = script("main", *flags, f"--ckp={checkpoints}", f"--topology={file}", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "two.json" in result.stderr
+
+
+def test_random_starts_are_the_same_for_all_or_different(tmp_path):
+    flags = ["--dataset=digits", "--width_multiplier=1", "--num_models=2", "--merg_itr=1", "--randominit=True",
+             "--opt=NONE", "--train_samples=100"]
+    for different in (False, True):
+        folder = folder_of(script("main", *flags, f"--diffinit={different}", cwd=tmp_path), tmp_path)
+        a, b = (torch.load(folder / f"merged/model_{i}.pth", weights_only=True)["conv1.weight"] for i in range(2))
+        assert torch.equal(a, b) is not different
+
+
+@pytest.mark.slow
+def test_dimat_learns_on_digits(tmp_path):
+    """Five agents alone reach about 91 %; on a ring DIMAT is above 90 % on average by its sixth merge."""
+    common = ["--dataset=digits", "--num_models=5", "--width_multiplier=1"]
+    out = script("train", *common, "--epochs=10", cwd=tmp_path).stdout
+    ckp = out.splitlines()[-1].removeprefix("checkpoints: ")
+    folder = folder_of(script("main", *common, f"--ckp={ckp}", "--opt=DIMAT", "--exp=2", "--merg_itr=6", "--training",
+                              cwd=tmp_path), tmp_path)
+    final = [float(row["test_accuracy"]) for row in rows_of(folder)[-5:]]
+    assert rows_of(folder)[-1]["iteration"] == "6"
+    assert len(final) == 5 and np.mean(final) > 90
