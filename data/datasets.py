@@ -1,0 +1,434 @@
+"""Data sets as uint8 tensors, decoded once.
+
+The first load of a data set writes its arrays to `<data_dir>/.cache/`; later loads memory-map them. A cache belongs to
+one state of the source files (their names, sizes and modification times) and is rebuilt when that changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision import datasets as tv
+from torchvision.datasets.utils import download_url, extract_archive
+
+from utils.progress import progress
+from utils.seeds import generator
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (uint8, n x C x H x W) and their classes (int64, n)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with what training on it needs to know.
+
+    mean, std: per channel, of images scaled to 0..1. flip: whether a mirrored image is still of its class.
+    padding: pixels that a random crop may shift an image by (0: no crops).
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    padding: int
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[-1]
+
+    def to(self, device: torch.device | str) -> Dataset:
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+DATASETS: dict[str, Callable[[Path, Path | None, bool], Dataset]] = {}
+
+
+def register_dataset(name: str) -> Callable:
+    """Enter a loader (data_dir, imgntdir, download) -> Dataset in `DATASETS`."""
+
+    def enter(loader: Callable[[Path, Path | None, bool], Dataset]) -> Callable:
+        DATASETS[name] = loader
+        return loader
+
+    return enter
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike = "datasets",
+    imgntdir: str | os.PathLike | None = None,
+    train_samples: int = 0,
+    download: bool = True,
+) -> Dataset:
+    """Load a data set by its name in `DATASETS`.
+
+    imgntdir: the folder of a data set in Tiny ImageNet's layout (default `<data_dir>/tiny-imagenet-200`).
+    train_samples: take only that many training images, the first of every class (0: all of them); a smaller slice is
+    part of a larger one. download: whether a data set that is absent may be downloaded.
+    Raises ValueError for an unknown name or a negative count, FileNotFoundError that says where to put what when the
+    data is not to be had.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(sorted(DATASETS))}")
+    dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
+    if train_samples == 0:
+        return dataset
+    chosen = torch.from_numpy(class_balanced(dataset.train.labels.numpy(), train_samples))
+    return replace(dataset, train=ImageSet(dataset.train.images[chosen], dataset.train.labels[chosen]))
+
+
+def class_balanced(labels: np.ndarray, n: int, seed: int | torch.Generator | None = None) -> np.ndarray:
+    """Sorted indices of n samples (0, or more than there are: all), as many of each class as can be.
+
+    seed: an int or a generator draws them at random; None takes the first of every class. Class counts differ by at
+    most one unless a class runs out. Raises ValueError for a negative n.
+    """
+    labels = np.asarray(labels)
+    if n < 0:
+        raise ValueError(f"cannot take {n} samples: give a positive number, or 0 for all of them")
+    if n == 0 or n >= len(labels):
+        return np.arange(len(labels))
+    if isinstance(seed, int):
+        seed = generator(seed, purpose="class_balanced")
+    order = np.arange(len(labels)) if seed is None else torch.randperm(len(labels), generator=seed).numpy()
+    # Take every class's first sample, then every class's second, and so on until there are n.
+    turn = np.lexsort((labels[order], rank_in_class(labels[order])))
+    return np.sort(order[turn[:n]])
+
+
+def rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """For every sample, how many of its class come before it."""
+    by_class = np.argsort(labels, kind="stable")
+    _, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[by_class] = np.arange(len(labels)) - np.repeat(start, count)
+    return ranks
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+Arrays = dict[str, np.ndarray]
+CACHE_FORMAT = 1  # part of every fingerprint: raise it when decoding changes
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A digest of the files' paths, sizes and modification times; raises FileNotFoundError when one is missing."""
+    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
+    for file in files:
+        stat = os.stat(file)
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def cached(cache: Path, name: str, files: Callable[[], list[Path]], decode: Callable[[], Arrays]) -> Arrays:
+    """The arrays of `decode()`, memory-mapped from `<cache>/<name>-<fingerprint of files()>/` once they are there.
+
+    files: lists the source files, or raises FileNotFoundError while `decode` has yet to fetch them.
+    One process builds while the others wait for it. When nothing can be written, the arrays just stay in memory.
+    """
+
+    def key() -> str:
+        return f"{name}-{fingerprint(files())}"
+
+    with contextlib.suppress(OSError, ValueError):  # no source, no cache, or a damaged one: go the long way
+        return _read(cache / key())
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(cache / f"{name}.lock"))
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(f"{name}: decoded in memory, since {cache} cannot be written ({error})", stacklevel=2)
+            return decode()
+        found = None
+        with contextlib.suppress(OSError, ValueError):
+            found = key()  # before decoding: a source that changes meanwhile must not pass for the decoded one
+            return _read(cache / found)  # another process has built it
+        arrays = decode()
+        try:
+            _write(cache, name, found or key(), arrays)
+        except OSError as error:
+            warnings.warn(f"{name}: kept in memory, since {cache} cannot be written ({error})", stacklevel=2)
+            return arrays
+        return _read(cache / (found or key()))
+
+
+def _read(folder: Path) -> Arrays:
+    # Copy-on-write maps: pages are read when needed, and torch gets the writable memory that it asks for.
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
+
+
+def _write(cache: Path, name: str, key: str, arrays: Arrays) -> None:
+    """Move a finished folder to `cache/key`, then drop what older sources or killed builds left. Needs the lock."""
+    temporary = Path(tempfile.mkdtemp(prefix=f"{name}-tmp-", dir=cache))
+    try:
+        for array_name in ARRAYS:
+            np.save(temporary / f"{array_name}.npy", arrays[array_name])
+        temporary.chmod(0o755)  # mkdtemp's folders are private; the cache may serve a group
+        shutil.rmtree(cache / key, ignore_errors=True)  # only there when it is damaged
+        os.replace(temporary, cache / key)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for other in cache.glob(f"{name}-*"):
+        if other.name != key:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _image_sets(arrays: Arrays) -> dict[str, ImageSet]:
+    tensors = {name: torch.from_numpy(arrays[name]) for name in ARRAYS}
+    return {
+        "train": ImageSet(tensors["train_images"], tensors["train_labels"]),
+        "test": ImageSet(tensors["test_images"], tensors["test_labels"]),
+    }
+
+
+@contextlib.contextmanager
+def _impatient(seconds: float = 30) -> Iterator[None]:
+    """Let a download give up where packets vanish; without this it hangs for minutes per address."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# ---- the data sets -------------------------------------------------------------------------------
+
+
+@register_dataset("digits")
+def digits(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey; every fifth of each class is a test image."""
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    test = torch.from_numpy(rank_in_class(bunch.target) % 5 == 4)
+    return Dataset(
+        "digits",
+        train=ImageSet(images[~test], labels[~test]),
+        test=ImageSet(images[test], labels[test]),
+        num_classes=10,
+        mean=(0.305,),
+        std=(0.376,),
+        flip=False,
+        padding=1,
+    )
+
+
+def _torchvision_arrays(
+    name: str, kind: type, data_dir: Path, download: bool, folder: Path, files: list[str], archive: str
+) -> Arrays:
+    """Arrays of a torchvision data set whose `files` torchvision looks for in `folder`."""
+
+    def open_split(train: bool) -> tv.VisionDataset:
+        failures = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
+        try:
+            return kind(str(data_dir), train=train)
+        except failures as error:
+            reason = error
+        if download:
+            try:
+                with _impatient():
+                    return kind(str(data_dir), train=train, download=True)
+            except failures as error:
+                reason = error
+        raise FileNotFoundError(
+            f"{name}: not found or damaged in {folder}, and {'the download failed' if download else 'not downloaded'}"
+            f" ({reason}): put {', '.join(files)} there ({archive}), or name the folder above with --data_dir"
+        )
+
+    def decode() -> Arrays:
+        arrays = {}
+        for part, train in (("train", True), ("test", False)):
+            split = open_split(train)
+            images = np.asarray(split.data)
+            # MNIST's kind is n x H x W, CIFAR's n x H x W x C.
+            images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+            arrays |= {f"{part}_images": images, f"{part}_labels": np.asarray(split.targets, dtype=np.int64)}
+        return arrays
+
+    if not download and not folder.is_dir():
+        open_split(train=True)  # says what is missing, before a cache folder is made
+    return cached(data_dir / ".cache", name, lambda: [folder / file for file in files], decode)
+
+
+def _mnist_arrays(name: str, kind: type, data_dir: Path, download: bool) -> Arrays:
+    raw = data_dir / kind.__name__ / "raw"
+    files = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
+    archive = f"from the .gz files of the same names, at {kind.mirrors[0]}"
+    return _torchvision_arrays(name, kind, data_dir, download, raw, files, archive)
+
+
+def _cifar_arrays(name: str, kind: type, data_dir: Path, download: bool) -> Arrays:
+    files = [file for file, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+    archive = f"unpacked from {kind.url}"
+    return _torchvision_arrays(name, kind, data_dir, download, data_dir / kind.base_folder, files, archive)
+
+
+@register_dataset("mnist")
+def mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """70,000 handwritten digits, 28x28 grey."""
+    parts = _image_sets(_mnist_arrays("mnist", tv.MNIST, data_dir, download))
+    return Dataset("mnist", **parts, num_classes=10, mean=(0.1307,), std=(0.3081,), flip=False, padding=2)
+
+
+@register_dataset("fashion_mnist")
+def fashion_mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """70,000 pieces of clothing, 28x28 grey."""
+    parts = _image_sets(_mnist_arrays("fashion_mnist", tv.FashionMNIST, data_dir, download))
+    return Dataset("fashion_mnist", **parts, num_classes=10, mean=(0.2860,), std=(0.3530,), flip=True, padding=2)
+
+
+@register_dataset("cifar10")
+def cifar10(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """60,000 images of 10 classes, 32x32 RGB."""
+    parts = _image_sets(_cifar_arrays("cifar10", tv.CIFAR10, data_dir, download))
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return Dataset("cifar10", **parts, num_classes=10, mean=mean, std=std, flip=True, padding=4)
+
+
+@register_dataset("cifar100")
+def cifar100(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """60,000 images of 100 classes, 32x32 RGB."""
+    parts = _image_sets(_cifar_arrays("cifar100", tv.CIFAR100, data_dir, download))
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    return Dataset("cifar100", **parts, num_classes=100, mean=mean, std=std, flip=True, padding=4)
+
+
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+@register_dataset("tinyimgnt")
+def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
+    """A folder in Tiny ImageNet's layout, with any number of classes and images of one size; grey becomes RGB.
+
+    `train/<class>/images/*`, `val/images/*` and `val/val_annotations.txt`; the classes and their order come from
+    `wnids.txt` or, without it, are the sorted folders of `train`. Validation images of other classes are left out.
+    Raises FileNotFoundError for what is missing, ValueError for images of different sizes.
+    """
+    root = imgntdir or data_dir / "tiny-imagenet-200"
+    if not root.exists():
+        _fetch_tiny(root, download)
+
+    def files() -> list[Path]:
+        (train, _), (val, _) = _list_tiny(root)
+        return [*root.glob("wnids.txt"), root / "val" / "val_annotations.txt", *train, *val]
+
+    def decode() -> Arrays:
+        arrays = {}
+        for part, (paths, labels) in zip(("train", "test"), _list_tiny(root), strict=True):
+            arrays |= {f"{part}_images": _decode_images(paths, part), f"{part}_labels": np.array(labels, np.int64)}
+        return arrays
+
+    # Folders of the same layout do not evict each other.
+    name = "tinyimgnt-" + hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    parts = _image_sets(cached(data_dir / ".cache", name, files, decode))
+    classes = int(parts["train"].labels.max()) + 1
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    return Dataset("tinyimgnt", **parts, num_classes=classes, mean=mean, std=std, flip=True, padding=0)
+
+
+def _list_tiny(root: Path) -> list[tuple[list[Path], list[int]]]:
+    """Image paths and labels of the training and of the validation set."""
+    wnids, annotations = root / "wnids.txt", root / "val" / "val_annotations.txt"
+    for needed in (root / "train", annotations):
+        if not needed.exists():
+            raise FileNotFoundError(
+                f"tinyimgnt: {needed} is missing: --imgntdir must be a folder in Tiny ImageNet's layout "
+                "(train/<class>/images, val/images, val/val_annotations.txt)"
+            )
+    if wnids.exists():
+        classes = wnids.read_text().split()
+    else:
+        classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    label_of = {name: label for label, name in enumerate(classes)}
+
+    train: tuple[list[Path], list[int]] = ([], [])
+    for name, label in label_of.items():
+        folder = root / "train" / name / "images"
+        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        if not paths:
+            raise FileNotFoundError(f"tinyimgnt: no images of class {name} in {folder}: add them, or edit {wnids}")
+        train[0].extend(paths)
+        train[1].extend([label] * len(paths))
+
+    lines = [line.split() for line in annotations.read_text().splitlines() if line.strip()]
+    kept = [(root / "val" / "images" / line[0], label_of[line[1]]) for line in lines if line[1] in label_of]
+    if not kept:
+        raise FileNotFoundError(f"tinyimgnt: {annotations} names no image of the classes in {root / 'train'}")
+    return [train, ([path for path, _ in kept], [label for _, label in kept])]
+
+
+def _decode_images(paths: list[Path], part: str) -> np.ndarray:
+    """Decode to uint8 (n, 3, H, W) on a few threads: Pillow decodes outside the interpreter lock."""
+
+    def decode(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+    shape = decode(paths[0]).shape
+    images = np.empty((len(paths), *shape), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:
+        for i, image in enumerate(progress(pool.map(decode, paths), f"decoding {part} images", len(paths), "image")):
+            if image.shape != shape:
+                size, other = ("x".join(map(str, s[1:])) for s in (shape, image.shape))
+                raise ValueError(f"tinyimgnt: {paths[i]} is {other}, {paths[0]} is {size}: resize them to one size")
+            images[i] = image
+    return images
+
+
+def _fetch_tiny(root: Path, download: bool) -> None:
+    """Download Tiny ImageNet to the folder `root`, which appears when it is complete."""
+    reason: Exception | str = "not downloaded"
+    if download:
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(root.parent / f".{root.name}.lock"), _impatient():
+                if root.exists():  # another process was faster
+                    return
+                download_url(TINY_URL, str(root.parent), md5=TINY_MD5)
+                with tempfile.TemporaryDirectory(dir=root.parent) as temporary:
+                    extract_archive(str(root.parent / Path(TINY_URL).name), temporary)
+                    os.replace(Path(temporary) / "tiny-imagenet-200", root)
+            return
+        except (OSError, RuntimeError, NotImplementedError, HTTPException) as error:
+            reason = f"the download failed: {error}"
+    raise FileNotFoundError(
+        f"tinyimgnt: no folder {root} ({reason}): unpack {TINY_URL} there, "
+        "or name a folder in its layout with --imgntdir"
+    )
