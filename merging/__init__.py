@@ -1,0 +1,233 @@
+"""How models of neighbouring agents become one: match the units, permute, average, re-estimate BatchNorm.
+
+    merged = merge(models, weights, method="DIMAT", batches=images)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from merging.activation_matching import Edge, match_activations
+from merging.averaging import State, weighted_average
+from merging.batch_norm import Batches, reestimate, tracked_norms
+from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
+from merging.weight_matching import match_weights
+
+BN_RESETS = ("none", "after", "both")
+MATCH_AT = ("last", "all")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to match models.
+
+    match(spec, model, states, pairs, batches, at=, match_memory=) returns, for the pairs (i, j), the permutations that
+    take model j's units to model i's order; a pair it leaves out is averaged as it is.
+    """
+
+    match: Callable[..., dict[Edge, Permutations]]
+    permutes: bool
+    reads_images: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(name: str, *, permutes: bool = True, reads_images: bool = False) -> Callable[[Callable], Callable]:
+    """Adds a matching function to METHODS. permutes: it needs the model's spec; reads_images: it needs the batches."""
+
+    def register(match: Callable[..., dict[Edge, Permutations]]) -> Callable[..., dict[Edge, Permutations]]:
+        METHODS[name] = Method(match, permutes, reads_images)
+        return match
+
+    return register
+
+
+@register_method("DIMAT", reads_images=True)
+def match_by_activations(spec, model, states, pairs, batches, *, at, match_memory) -> dict[Edge, Permutations]:
+    """Activation matching (DIMAT, the paper's method)."""
+    return match_activations(spec, model, states, pairs, batches, at=at, match_memory=match_memory)
+
+
+@register_method("WM")
+def match_by_weights(spec, model, states, pairs, batches, **unused: Any) -> dict[Edge, Permutations]:
+    """Weight matching (Git Re-Basin): no images; computed for i < j, (j, i) is the inverse."""
+    matched = {}
+    for i, j in sorted({(min(pair), max(pair)) for pair in pairs}):
+        matched[i, j] = match_weights(spec, states[i], states[j])
+        matched[j, i] = invert(matched[i, j])
+    return matched
+
+
+@register_method("WA", permutes=False)
+def match_nothing(spec, model, states, pairs, batches, **unused: Any) -> dict[Edge, Permutations]:
+    """Weight averaging: every unit stays where it is."""
+    return {}
+
+
+def merge(
+    models_or_states: Sequence[nn.Module] | Sequence[State],
+    weights: Any,
+    method: str = "DIMAT",
+    batches: Batches | None = None,
+    local_batches: Sequence[Batches | None] | None = None,
+    model: nn.Module | None = None,
+    spec: PermutationSpec | None = None,
+    bn_reset: str = "after",
+    match_at: str = "last",
+    match_memory: int | None = None,
+) -> list[State]:
+    """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).
+
+    Nothing that is passed in is changed; the merged state dicts are new tensors on the inputs' device.
+
+    - An agent whose row is a unit vector gets that one model as it is, BatchNorm included, without any pass.
+    - Rows that are all the same (fully connected) with shared `batches`: one merge, in agent 0's order of units, serves
+      all; the same dict object is returned N times. The paper's approximation: else every agent would match anew.
+    - With `local_batches` agent i matches its neighbours' models to its own on its own images and re-estimates its
+      merged model on them; nobody else's are read for it.
+
+    Args:
+        models_or_states: N models of one architecture, or their state dicts (then `model` is needed).
+        weights: mixing matrix (N, N), rows sum to 1: an array, a tensor or nested lists.
+        method: a name in METHODS: DIMAT (activation matching), WM (weight matching), WA (plain averaging).
+        batches: images (B, ...), or tuples that start with them, shared by all agents; read more than once.
+        local_batches: the same, for each agent its own, instead of `batches`.
+        model: the architecture, when state dicts are given.
+        spec: its permutation groups; derived from the model and the first image when not given.
+        bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
+            agents' models before their activations are matched (local: each on its own images), as in the paper.
+        match_at, match_memory: see `match_activations`.
+
+    Raises:
+        ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
+            models of different architectures or with NaN or infinite values (agent and tensor are named); an unknown
+            option; images that are needed and missing, or can be read only once.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown merge method {method!r}: choose from {', '.join(METHODS)}")
+    if bn_reset not in BN_RESETS:
+        raise ValueError(f"unknown bn_reset {bn_reset!r}: choose from {', '.join(BN_RESETS)}")
+    if match_at not in MATCH_AT:
+        raise ValueError(f"unknown match_at {match_at!r}: choose from {', '.join(MATCH_AT)}")
+    way = METHODS[method]
+    model, states = _model_and_states(models_or_states, model)
+    weights = _mixing_matrix(weights, len(states))
+
+    mixing = [i for i, row in enumerate(weights) if np.count_nonzero(row) > 1]
+    once = local_batches is None and len(mixing) > 1 and np.allclose(weights, weights[0], rtol=0, atol=1e-9)
+    bases = mixing[:1] if once else mixing
+    sources = {i: np.flatnonzero(weights[i]).tolist() for i in bases}
+    involved = sorted({agent for i in bases for agent in (i, *sources[i])})
+    resets = bn_reset != "none" and bool(tracked_norms(model))
+    # Only activations depend on running statistics: for the other methods "both" would change nothing.
+    resets_first = resets and bn_reset == "both" and way.reads_images
+
+    read = {
+        **dict.fromkeys(involved if resets_first else (), "bn_reset='both'"),
+        **dict.fromkeys(bases if resets else (), f"bn_reset={bn_reset!r}"),
+        **dict.fromkeys(bases if way.reads_images else (), f"method={method!r}"),
+        **dict.fromkeys(bases if way.permutes and spec is None else (), f"method={method!r} without spec="),
+    }
+    images = _images_per_agent(batches, local_batches, len(states), read)
+
+    if way.permutes and spec is None and bases:
+        spec = derive_spec(model, _first_image(images[bases[0]], next(model.parameters()).device))
+    senders = list(states)
+    if resets_first:
+        for i in involved:
+            senders[i] = reestimate(model, states[i], images[i])
+
+    def match(agents: list[int]) -> dict[Edge, Permutations]:
+        pairs = [(i, j) for i in agents for j in sources[i] if j != i]
+        return way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, match_memory=match_memory)
+
+    matched = match(bases) if bases and local_batches is None else None
+    merged = {}
+    for i in bases:
+        permutations = match([i]) if matched is None else matched
+        moved = [
+            permute(spec, permutations[i, j], senders[j]) if (i, j) in permutations else senders[j] for j in sources[i]
+        ]
+        # Integer buffers come from agent i even where w_ii is 0, as in a bipartite graph of three.
+        merged[i] = weighted_average([senders[i], *moved], [0, *weights[i, sources[i]]])
+        if resets:
+            merged[i] = reestimate(model, merged[i], images[i])
+    if once:
+        return [merged[bases[0]]] * len(states)
+    return [merged[i] if i in merged else _clone(states[int(row.argmax())]) for i, row in enumerate(weights)]
+
+
+def _clone(state: State) -> State:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State]]:
+    """The architecture and the agents' detached state dicts, checked against each other."""
+    given = list(given)
+    if not given:
+        raise ValueError("merge needs at least one model")
+    if model is None:
+        model = next((one for one in given if isinstance(one, nn.Module)), None)
+        if model is None:
+            raise ValueError("merge was given state dicts: pass the architecture as model= as well")
+    states = [one.state_dict() if isinstance(one, nn.Module) else one for one in given]
+    states = [{key: value.detach() for key, value in state.items()} for state in states]
+    expected = model.state_dict()
+    for agent, state in enumerate(states):
+        for key in [*expected, *state]:
+            if key not in state or key not in expected:
+                side = "lacks" if key not in state else "has an unexpected"
+                raise ValueError(f"agent {agent}'s model {side} {key!r}: all agents need the architecture of `model`")
+            if state[key].shape != expected[key].shape:
+                raise ValueError(
+                    f"agent {agent}'s {key!r} has shape {tuple(state[key].shape)}, `model` has "
+                    f"{tuple(expected[key].shape)}: all agents need the same architecture"
+                )
+            if not torch.isfinite(state[key]).all():
+                raise ValueError(f"agent {agent}'s {key!r} has NaN or infinite values: it has diverged, leave it out")
+    return model, states
+
+
+def _mixing_matrix(weights: Any, num_agents: int) -> np.ndarray:
+    weights = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else weights
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != (num_agents, num_agents):
+        expected = (num_agents, num_agents)
+        raise ValueError(f"the weights of {num_agents} models must have shape {expected}, not {weights.shape}")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"weights must be finite and not negative; they range from {weights.min()} to {weights.max()}")
+    sums = weights.sum(axis=1)
+    worst = int(abs(sums - 1).argmax())
+    if abs(sums[worst] - 1) > 1e-6:
+        raise ValueError(f"each row of the weights must sum to 1; row {worst} sums to {sums[worst]:.6g}")
+    return weights
+
+
+def _images_per_agent(
+    batches: Batches | None, local_batches: Sequence[Batches | None] | None, num_agents: int, read: dict[int, str]
+) -> dict[int, Batches]:
+    """What each agent in `read` (agent -> which option reads them) reads: the shared batches or its own."""
+    if batches is not None and local_batches is not None:
+        raise ValueError("pass either batches or local_batches, not both")
+    if local_batches is not None and len(local_batches) != num_agents:
+        raise ValueError(f"local_batches needs one entry per agent: got {len(local_batches)} for {num_agents} agents")
+    images = {}
+    for agent, reader in read.items():
+        images[agent] = batches if local_batches is None else local_batches[agent]
+        name = "batches" if local_batches is None else f"local_batches[{agent}]"
+        if images[agent] is None:
+            raise ValueError(f"{reader} reads images, but {name} is None: pass some")
+        if isinstance(images[agent], Iterator):
+            raise ValueError(f"{name} is an iterator, which can be read only once: pass a list or another re-iterable")
+    return images
+
+
+def _first_image(batches: Batches, device: torch.device) -> Tensor:
+    for batch in batches:
+        return (batch if isinstance(batch, Tensor) else batch[0])[:1].to(device)
+    raise ValueError("the batches hold no images: pass at least one batch")

@@ -1,0 +1,164 @@
+"""Activation matching: which unit of one model does the job of which unit of another.
+
+For every permutation group the units of two models are paired so that the summed correlation of their post-activation
+features over the matching images is largest, one linear assignment problem per group (DIMAT, section 4; Li et al. 2015;
+Git Re-Basin, section 3.1).
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from merging.averaging import State, wide_dtype
+from merging.batch_norm import Batches, device_of, images_of
+from merging.permutation import Permutations, PermutationSpec, feature_reader, invert
+
+Edge = tuple[int, int]
+
+# Constant features still vary by a rounding error: a unit whose deviation is below this part of its mean is dead.
+DEAD = 1e-6
+
+
+class Correlation:
+    """Pearson correlations between the units of several models at one place of the network, batch by batch.
+
+    Only what the edges ask for is kept: two vectors per model and one (units, units) matrix per edge, in float64 (on
+    the CPU where the device has none).
+    """
+
+    def __init__(self, edges: Iterable[Edge]):
+        self.edges = list(edges)
+        self.rows = 0
+        self.shift: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
+        self.squares: dict[int, Tensor] = {}
+        self.products: dict[Edge, Tensor] = {}
+
+    def update(self, features: dict[int, Tensor]) -> None:
+        """Adds one batch: model -> (rows, units), the same rows for every model of an edge."""
+        features = {agent: x.to(torch.promote_types(x.dtype, torch.float32)) for agent, x in features.items()}
+        if not self.shift:
+            # Taking the first batch's means off keeps float32 products accurate where means are large against
+            # deviations; the shift cancels in the correlation, so later batches keep it.
+            self.shift = {agent: x.mean(0) for agent, x in features.items()}
+        centred = {agent: x - self.shift[agent] for agent, x in features.items()}
+        self.rows += len(next(iter(centred.values())))
+        for agent, x in centred.items():
+            _accumulate(self.sums, agent, x.sum(0))
+            _accumulate(self.squares, agent, x.square().sum(0))
+        for i, j in self.edges:
+            _accumulate(self.products, (i, j), centred[i].T @ centred[j])
+
+    def between(self, i: int, j: int) -> Tensor:
+        """Correlations of model i's units (rows) with j's (columns), 0 for dead units; (i, j) is one of the edges."""
+        covariance = self.products[i, j] / self.rows - torch.outer(self.sums[i], self.sums[j]) / self.rows**2
+        return covariance * torch.outer(self._inverse_deviation(i), self._inverse_deviation(j))
+
+    def _inverse_deviation(self, agent: int) -> Tensor:
+        """1 / standard deviation per unit, 0 for dead units."""
+        mean = self.sums[agent] / self.rows
+        variance = (self.squares[agent] / self.rows - mean.square()).clamp(min=0)
+        dead = variance <= (DEAD * (mean + self.shift[agent].to(mean))).square()
+        return variance.rsqrt().masked_fill(dead, 0)
+
+
+def _accumulate(totals: dict, key: object, value: Tensor) -> None:
+    """totals[key] += value, in float64."""
+    if key not in totals:
+        device = "cpu" if wide_dtype(value.device) != torch.float64 else value.device
+        totals[key] = torch.zeros(value.shape, dtype=torch.float64, device=device)
+    totals[key] += value.to(totals[key].device)
+
+
+def match_activations(
+    spec: PermutationSpec,
+    model: nn.Module,
+    states: Sequence[State],
+    edges: Iterable[Edge],
+    batches: Batches,
+    *,
+    at: str = "last",
+    match_memory: int | None = None,
+) -> dict[Edge, Permutations]:
+    """Permutations between models from the correlation of their activations on the same images.
+
+    Every model that occurs in an edge goes through the images once, in evaluation mode, however many edges it is in.
+    `model` gives the architecture and is not changed.
+
+    Args:
+        spec: the permutation groups of `model`.
+        states: one state dict per model.
+        edges: pairs (i, j) of models; (i, j) and (j, i) are the same edge, matched once.
+        batches: images (B, ...), or tuples that start with them; read once per block of edges.
+        at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations
+            are summed over all its consumers' inputs.
+        match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
+            taken in blocks, with one pass over the images per block, which is announced on stderr.
+
+    Returns:
+        For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
+
+    Raises:
+        ValueError: there are no images, or activations are not finite (the models and the group are named).
+    """
+    edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
+    if not edges:
+        return {}
+    reader = feature_reader(model, spec, at=at).to(device_of(states[edges[0][0]]))  # a copy, in evaluation mode
+    blocks = list(_blocks(edges, _bytes_per_edge(spec, at), match_memory))
+    if len(blocks) > 1:
+        print(
+            f"matching: the accumulators of {len(edges)} edges exceed match_memory={match_memory} bytes: "
+            f"taking them in {len(blocks)} blocks, one pass over the images each",
+            file=sys.stderr,
+        )
+    matched = {}
+    for block in blocks:
+        correlations = _correlations(reader, states, block, batches)
+        for i, j in block:
+            taking = {group: _assign(reads, i, j, group) for group, reads in correlations.items()}
+            matched[i, j], matched[j, i] = taking, invert(taking)
+    return matched
+
+
+def _bytes_per_edge(spec: PermutationSpec, at: str) -> int:
+    return sum(8 * units**2 * (len(spec.reads[group]) if at == "all" else 1) for group, units in spec.sizes.items())
+
+
+def _blocks(edges: list[Edge], bytes_per_edge: int, limit: int | None) -> Iterator[list[Edge]]:
+    """The edges in runs whose accumulators fit into `limit` bytes, at least one edge in each."""
+    length = len(edges) if limit is None else max(1, limit // max(1, bytes_per_edge))
+    for start in range(0, len(edges), length):
+        yield edges[start : start + length]
+
+
+@torch.no_grad()
+def _correlations(
+    reader: nn.Module, states: Sequence[State], edges: list[Edge], batches: Batches
+) -> dict[str, list[Correlation]]:
+    """One pass over the images: group -> one correlation per place where its features are read."""
+    agents = sorted({agent for edge in edges for agent in edge})
+    correlations: dict[str, list[Correlation]] = {}
+    for x in images_of(batches, device_of(states[agents[0]]), "matching"):
+        features = {agent: functional_call(reader, states[agent], (x,)) for agent in agents}
+        for group in list(features[agents[0]]):
+            of_group = [features[agent].pop(group) for agent in agents]  # frees a group's features after its products
+            if group not in correlations:
+                correlations[group] = [Correlation(edges) for _ in of_group[0]]
+            for k, correlation in enumerate(correlations[group]):
+                correlation.update({agent: reads[k] for agent, reads in zip(agents, of_group, strict=True)})
+    return correlations
+
+
+def _assign(reads: list[Correlation], i: int, j: int, group: str) -> Tensor:
+    """The permutation of j's units that maximises the summed correlation with i's: new unit k is old unit p[k]."""
+    correlation = torch.stack([read.between(i, j) for read in reads]).sum(0)
+    if not correlation.isfinite().all():
+        raise ValueError(f"matching models {i} and {j}: the activations of group {group!r} are not finite; "
+                         "check the images and whether one of the models has diverged")
+    _, columns = linear_sum_assignment(correlation.cpu().numpy(), maximize=True)
+    return torch.as_tensor(columns, dtype=torch.long, device=reads[0].shift[i].device)

@@ -1,0 +1,177 @@
+"""Activation matching against numpy and scipy, and the cost of it."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from merging import activation_matching
+from merging.activation_matching import Correlation, match_activations
+from merging.permutation import derive_spec, permute, random_permutations
+
+
+def oracle(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    both = np.corrcoef(a.double().numpy(), b.double().numpy(), rowvar=False)
+    return both[: a.shape[1], a.shape[1] :]
+
+
+def streamed(features: dict[int, torch.Tensor], edges, batch: int = 70) -> Correlation:
+    correlation = Correlation(edges)
+    for start in range(0, len(features[0]), batch):
+        correlation.update({agent: x[start : start + batch] for agent, x in features.items()})
+    return correlation
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1.0), (100.0, 1.0), (-3.0, 1e-3), (1e-4, 1e-4)])
+def test_correlation_is_numpys(mean, scale):
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(500, 6, generator=generator)
+    features = {agent: source @ torch.randn(6, 7, generator=generator) * scale + mean for agent in range(3)}
+    correlation = streamed(features, [(0, 1), (0, 2)])
+    for j in (1, 2):
+        np.testing.assert_allclose(correlation.between(0, j), oracle(features[0], features[j]), atol=1e-5)
+    assert (1, 2) not in correlation.products
+
+
+def test_a_drift_away_from_the_first_batch_does_no_harm():
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.linspace(0, 5, 500)[:, None]
+    features = {agent: torch.randn(500, 4, generator=generator) + drift for agent in range(2)}
+    np.testing.assert_allclose(streamed(features, [(0, 1)]).between(0, 1), oracle(features[0], features[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, -1e-6])
+def test_dead_units_have_correlation_zero(value):
+    features = {agent: torch.randn(300, 4, generator=torch.Generator().manual_seed(agent)) for agent in range(2)}
+    features[0][:, 1] = value
+    features[1][:, 2] = value
+    result = streamed(features, [(0, 1)]).between(0, 1)
+    assert (result[1] == 0).all() and (result[:, 2] == 0).all()
+    alive = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 3])
+    expected = oracle(features[0][:, alive[0]], features[1][:, alive[1]])
+    np.testing.assert_allclose(result[alive[0]][:, alive[1]], expected, atol=1e-5)
+
+
+class Net(nn.Module):
+    """Two convolutions with BatchNorm, a residual sum, a linear head: read at two places with at="all"."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.inner, self.back = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 3, padding=1)
+        self.head = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        x = torch.relu(x + self.back(torch.relu(self.inner(x))))
+        return self.head(x).mean((2, 3))
+
+
+def net(seed: int) -> Net:
+    torch.manual_seed(seed)
+    model = Net()
+    nn.init.uniform_(model.stem_norm.running_mean, -0.2, 0.2)
+    nn.init.uniform_(model.stem_norm.running_var, 0.2, 1.0)
+    return model
+
+
+def images(count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(5, 2, 6, 6, generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return derive_spec(net(0), images()[0])
+
+
+def features_by_hand(model: Net, at: str) -> dict[str, list[torch.Tensor]]:
+    """By the group's size, which is unique in this network."""
+    model.eval()
+    with torch.no_grad():
+        x = torch.cat(images())
+        first = torch.relu(model.stem_norm(model.stem(x)))
+        inner = torch.relu(model.inner(first))
+        last = torch.relu(first + model.back(inner))
+    rows = {6: [last] if at == "last" else [first, last], 5: [inner]}
+    return {size: [y.movedim(1, -1).flatten(0, -2) for y in reads] for size, reads in rows.items()}
+
+
+@pytest.mark.parametrize("at", ["last", "all"])
+def test_matches_are_the_best_assignments(spec, at):
+    models = [net(seed) for seed in range(3)]
+    states = [model.state_dict() for model in models]
+    matched = match_activations(spec, models[0], states, [(1, 0), (1, 2)], images(), at=at)
+    assert set(matched) == {(0, 1), (1, 0), (1, 2), (2, 1)}
+    features = [features_by_hand(model, at) for model in models]
+    for i, j in [(0, 1), (1, 2)]:
+        for group, size in spec.sizes.items():
+            total = sum(oracle(a, b) for a, b in zip(features[i][size], features[j][size], strict=True))
+            expected = linear_sum_assignment(total, maximize=True)[1]
+            assert matched[i, j][group].tolist() == expected.tolist()
+            assert matched[j, i][group][matched[i, j][group]].tolist() == list(range(size))
+
+
+def test_a_permuted_copy_is_recovered_exactly(spec):
+    model = net(0)
+    state = model.state_dict()
+    moved = permute(spec, random_permutations(spec, torch.Generator().manual_seed(3)), state)
+    back = permute(spec, match_activations(spec, model, [state, moved], [(0, 1)], images())[0, 1], moved)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+class Counting(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_blocks_give_the_same_matches_in_more_passes(spec, capsys):
+    model, states = net(0), [net(seed).state_dict() for seed in range(4)]
+    edges = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    whole, parts = Counting(images()), Counting(images())
+    expected = match_activations(spec, model, states, edges, whole)
+    assert whole.passes == 1 and "blocks" not in capsys.readouterr().err
+    per_edge = 8 * sum(size**2 for size in spec.sizes.values())
+    found = match_activations(spec, model, states, edges, parts, match_memory=3 * per_edge)
+    assert parts.passes == 2 and "2 blocks" in capsys.readouterr().err
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[edge][g], expected[edge][g]) for edge in found for g in spec.sizes)
+
+
+def test_one_product_per_edge_and_batch(spec, monkeypatch):
+    updates = []
+    original = Correlation.update
+    monkeypatch.setattr(Correlation, "update", lambda self, x: (updates.append(len(self.edges)), original(self, x)))
+    states = [net(seed).state_dict() for seed in range(3)]
+    match_activations(spec, net(0), states, [(0, 1), (1, 0), (1, 2), (0, 0)], images())
+    assert updates == [2] * (len(spec.sizes) * len(images()))
+
+
+def test_the_model_is_left_alone(spec):
+    model, state = net(0), net(1).state_dict()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    match_activations(spec, model, [state, net(2).state_dict()], [(0, 1)], images())
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_not_finite_activations_are_named(spec):
+    with pytest.raises(ValueError, match=r"models 0 and 1.*not finite"):
+        match_activations(spec, net(0), [net(0).state_dict(), net(1).state_dict()], [(0, 1)],
+                          [torch.full((2, 2, 6, 6), torch.inf)])
+
+
+def test_no_images_is_an_error(spec):
+    with pytest.raises(ValueError, match="no images"):
+        match_activations(spec, net(0), [net(0).state_dict(), net(1).state_dict()], [(0, 1)], [])
+
+
+def test_without_float64_sums_are_kept_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(activation_matching, "wide_dtype", lambda device: torch.float32)
+    correlation = streamed({0: torch.randn(50, 3), 1: torch.randn(50, 3)}, [(0, 1)])
+    assert correlation.products[0, 1].dtype == torch.float64 and correlation.between(0, 1).device.type == "cpu"
