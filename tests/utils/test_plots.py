@@ -96,7 +96,8 @@ def test_the_demo_reads_the_folder_from_the_last_line(monkeypatch, capfd, tmp_pa
     (tmp_path / "step.py").write_text("print('working')\nprint('results: results/a b')\n")
     (tmp_path / "broken.py").write_text("raise SystemExit('error: no')\n")
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    assert demo.run_script("step", ["--x=1"]) == tmp_path / "results" / "a b"
-    assert "python -m step --x=1" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match="this step failed"):
-        demo.run_script("broken", [])
+    assert demo.run_script("step", ["--x=1"], "[iid] ") == "results/a b"
+    shown = capfd.readouterr().out
+    assert "[iid] $ python -m step --x=1\n[iid] working\n" in shown
+    with pytest.raises(RuntimeError, match="python -m broken failed with status 1"):
+        demo.run_script("broken", [], "")
