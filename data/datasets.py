@@ -268,7 +268,8 @@ def _torchvision_arrays(
                 reason = error
         raise FileNotFoundError(
             f"{name}: not found or damaged in {folder}, and {'the download failed' if download else 'not downloaded'}"
-            f" ({reason}): put {', '.join(files)} there ({archive}), or name the folder above with --data_dir"
+            f" ({' '.join(str(reason).split())}): put {', '.join(files)} there ({archive}), "
+            "or name the folder above with --data_dir"
         )
 
     def decode() -> Arrays:

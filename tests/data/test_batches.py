@@ -1,0 +1,144 @@
+"""Batches: order, normalisation, augmentation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from data.batches import Batches, crop_and_flip
+from data.datasets import Dataset, ImageSet
+from utils.seeds import generator
+
+
+def make_dataset(n=23, size=6, channels=3, flip=True, padding=2):
+    g = torch.Generator().manual_seed(0)
+    # 1..255: black only comes from the padding
+    images = torch.randint(1, 256, (n, channels, size, size), generator=g, dtype=torch.uint8)
+    part = ImageSet(images, torch.arange(n))
+    mean, std = (0.5, 0.4, 0.3)[:channels], (0.2, 0.3, 0.25)[:channels]
+    return Dataset("toy", part, part, n, mean, std, flip, padding)
+
+
+def normalised(dataset, images):
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    return (images / 255 - mean) / std
+
+
+def gathered(batches):
+    xs, ys = zip(*batches, strict=True)
+    return torch.cat(xs), torch.cat(ys)
+
+
+@pytest.mark.parametrize("indices", [None, np.array([7, 3, 3, 20]), torch.tensor([5])])
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 1000])
+def test_plain_batches_are_the_normalised_images_in_order(indices, batch_size):
+    dataset = make_dataset()
+    batches = Batches(dataset, dataset.test, indices, batch_size)
+    x, y = gathered(batches)
+    expected = torch.arange(23) if indices is None else torch.as_tensor(indices)
+    assert torch.equal(y, expected) and x.dtype == torch.float32
+    torch.testing.assert_close(x, normalised(dataset, dataset.test.images[expected]))
+    assert batches.num_samples == len(expected)
+    sizes = [len(y) for _, y in batches]
+    assert len(batches) == len(sizes) and set(sizes[:-1]) <= {batch_size} and sizes[-1] <= batch_size
+
+
+def test_shuffling_visits_every_sample_once_in_the_generators_order():
+    dataset = make_dataset()
+    x, y = gathered(Batches(dataset, dataset.train, None, 5, shuffle=True, make_generator=lambda: generator(1)))
+    assert torch.equal(y, torch.randperm(23, generator=generator(1)))
+    torch.testing.assert_close(x, normalised(dataset, dataset.train.images[y]))
+
+
+def test_iterating_twice_gives_the_same_batches_and_touches_no_global_state():
+    dataset = make_dataset()
+    options = {"shuffle": True, "augment": True}
+    batches = Batches(dataset, dataset.train, None, 4, make_generator=lambda: generator(2), **options)
+    before, state = dataset.train.images.clone(), torch.get_rng_state()
+    first, second = gathered(batches), gathered(batches)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert torch.equal(dataset.train.images, before) and torch.equal(torch.get_rng_state(), state)
+    other = gathered(Batches(dataset, dataset.train, None, 4, make_generator=lambda: generator(3), **options))
+    assert not torch.equal(first[1], other[1])
+
+
+def test_a_generator_that_goes_on_gives_other_batches():
+    dataset, g = make_dataset(), generator(0)
+    batches = Batches(dataset, dataset.train, None, 4, shuffle=True, make_generator=lambda: g)
+    assert not torch.equal(gathered(batches)[1], gathered(batches)[1])
+
+
+def test_augmentation_does_not_depend_on_the_batch_size():
+    dataset = make_dataset()
+    (a, _), (b, _) = (
+        gathered(Batches(dataset, dataset.train, None, size, augment=True, make_generator=lambda: generator(0)))
+        for size in (3, 23)
+    )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("shape", [(40, 1, 5, 5), (40, 3, 4, 7)])
+def test_crop_and_flip_equals_a_loop_over_samples(shape, padding):
+    g = torch.Generator().manual_seed(1)
+    images = torch.randint(256, shape, generator=g, dtype=torch.uint8)
+    offsets = torch.randint(2 * padding + 1, (shape[0], 2), generator=g)
+    flips = torch.randint(2, (shape[0],), generator=g).bool()
+    count, channels, height, width = shape
+    expected = np.zeros(shape, dtype=np.uint8)
+    for i in range(count):
+        canvas = np.zeros((channels, height + 2 * padding, width + 2 * padding), dtype=np.uint8)
+        canvas[:, padding : padding + height, padding : padding + width] = images[i].numpy()
+        row, column = offsets[i].tolist()
+        window = canvas[:, row : row + height, column : column + width]
+        expected[i] = window[:, :, ::-1] if flips[i] else window
+    np.testing.assert_array_equal(crop_and_flip(images, offsets, flips, padding).numpy(), expected)
+
+
+def seen_changes(dataset, n):
+    """How often each (row offset, column offset, flip) turns up among n copies of one image."""
+    image = dataset.train.images[:1]
+    copies = replace(dataset, train=ImageSet(image.expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.long)))
+    x, _ = gathered(Batches(copies, copies.train, None, 100, augment=True, make_generator=lambda: generator(0)))
+    steps = range(2 * dataset.padding + 1)
+    seen = {}
+    for row in steps:
+        for column in steps:
+            for flip in (False, True):
+                one = crop_and_flip(image, torch.tensor([[row, column]]), torch.tensor([flip]), dataset.padding)
+                same = torch.isclose(x, normalised(dataset, one), atol=1e-5).flatten(1).all(1)
+                seen[row, column, flip] = int(same.sum())
+    return seen
+
+
+def test_every_sample_has_its_own_offset_and_flip_and_all_turn_up_equally():
+    seen = seen_changes(make_dataset(padding=1), 3600)
+    assert sum(seen.values()) == 3600 and len(seen) == 18
+    assert all(140 < times < 260 for times in seen.values())  # 200 expected, four standard deviations
+
+
+def test_no_flips_where_the_data_set_forbids_them():
+    seen = seen_changes(make_dataset(flip=False, padding=1), 300)
+    assert all((times > 0) != flip for (_, _, flip), times in seen.items())
+
+
+def test_flips_only_without_padding():
+    assert all(times > 100 for times in seen_changes(make_dataset(padding=0), 300).values())
+
+
+def test_nothing_to_augment_changes_nothing():
+    dataset = make_dataset(flip=False, padding=0)
+    x, _ = gathered(Batches(dataset, dataset.train, None, 5, augment=True, make_generator=lambda: generator(0)))
+    torch.testing.assert_close(x, normalised(dataset, dataset.train.images))
+
+
+def test_errors_say_what_is_wrong():
+    dataset = make_dataset()
+    with pytest.raises(ValueError, match="batch size 0"):
+        Batches(dataset, dataset.train, None, 0)
+    with pytest.raises(ValueError, match="no images"):
+        Batches(dataset, dataset.train, np.array([], dtype=np.int64), 5)
+    for option in ("shuffle", "augment"):
+        with pytest.raises(ValueError, match="make_generator"):
+            Batches(dataset, dataset.train, None, 5, **{option: True})
