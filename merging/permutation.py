@@ -681,9 +681,7 @@ def permute(spec: PermutationSpec, permutations: Permutations, state: Mapping[st
     if state.keys() != spec.axes.keys():
         odd = sorted(state.keys() ^ spec.axes.keys())
         raise ValueError(f"state dict and spec differ in their tensors: {', '.join(odd[:5])}")
-    return {
-        name: permute_tensor(tensor, enumerate(spec.axes[name]), permutations) for name, tensor in state.items()
-    }
+    return {name: permute_tensor(tensor, enumerate(spec.axes[name]), permutations) for name, tensor in state.items()}
 
 
 def permute_tensor(
@@ -692,17 +690,15 @@ def permute_tensor(
     """`tensor` with the given (dimension, segments) reordered."""
     for dim, segments in dims:
         if any(segment.group for segment in segments):
-            index = torch.cat([
-                _columns(permutations[segment.group].cpu() if segment.group else torch.arange(segment.size), segment)
-                + offset
-                for offset, segment in _offsets(segments)
-            ])
+            index = torch.cat([_index(segment, offset, permutations) for offset, segment in _offsets(segments)])
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 
-def _columns(units: Tensor, segment: Segment) -> Tensor:
-    return (units[:, None] * segment.repeat + torch.arange(segment.repeat)).flatten()
+def _index(segment: Segment, offset: int, permutations: Permutations) -> Tensor:
+    """Which old entries of the axis come to stand in the segment that starts at `offset`."""
+    units = permutations[segment.group].cpu() if segment.group else torch.arange(segment.size)
+    return offset + (units[:, None] * segment.repeat + torch.arange(segment.repeat)).flatten()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -723,7 +719,8 @@ def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "last") ->
     at: "last" reads a group once, at the input of the last layer that consumes it (after the activation; before a
     global pool, flatten or dropout that leads there), as in the paper; "all" at every distinct consumer input.
     A copy of the model in eval mode, without what comes after the last read. Parameter names are the model's, so
-    `torch.func.functional_call(reader, state, (x,))` works with every state dict of the model.
+    `torch.func.functional_call(reader, state, (x,))` works with every state dict of the model (`tie_weights=False` for
+    models in which several names share a tensor).
     """
     if at not in ("last", "all"):
         raise ValueError(f"at={at!r}: choose 'last' or 'all'")
@@ -745,8 +742,7 @@ def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "last") ->
     graph.output(features)
     reader = fx.GraphModule(model, graph)
     # The graph keeps only what it uses; functional_call wants a place for every entry of the state dict.
-    for name, child in model.named_children():
-        reader.add_module(name, child)
+    reader._modules.update(model._modules)
     reader._parameters.update(model._parameters)
     reader._buffers.update(model._buffers)
     return reader
