@@ -397,7 +397,7 @@ def _convolution(derivation: _Derivation, node: fx.Node) -> _Layout:
     name = str(node.target)
     inputs = derivation.consume(node, rank=len(conv.kernel_size) + 2)
     if conv.groups == 1:
-        outputs = derivation.output_of(name, conv.out_channels)
+        outputs = derivation.classes.new(name, conv.out_channels)
         derivation.record(f"{name}.weight", outputs, inputs)
     elif conv.groups == conv.in_channels:
         # Depthwise: channel c makes the outputs c * m ... c * m + m - 1.
@@ -407,7 +407,7 @@ def _convolution(derivation: _Derivation, node: fx.Node) -> _Layout:
     else:
         reason = f"grouped convolution {name} ({conv.groups} groups of {conv.in_channels} channels)"
         derivation.classes.fix(inputs, reason)
-        outputs = derivation.output_of(name, conv.out_channels, reason)
+        outputs = derivation.classes.new(name, conv.out_channels, reason)
         derivation.record(f"{name}.weight", outputs, ())
     if conv.bias is not None:
         derivation.record(f"{name}.bias", outputs)
@@ -419,7 +419,7 @@ def _linear(derivation: _Derivation, node: fx.Node) -> _Layout:
     linear: nn.Linear = derivation.model.get_submodule(node.target)
     name = str(node.target)
     inputs = derivation.consume(node, rank=2)
-    outputs = derivation.output_of(name, linear.out_features)
+    outputs = derivation.classes.new(name, linear.out_features)
     derivation.record(f"{name}.weight", outputs, inputs)
     if linear.bias is not None:
         derivation.record(f"{name}.bias", outputs)
@@ -502,13 +502,11 @@ class _Derivation:
         self.inputs.append((read, self.layout(self.only_input(read))))
         return self.layout(source)
 
-    def output_of(self, name: str, size: int, reason: str | None = None) -> _Layout:
-        """A layer's output: new units, or those of its first use when the layer is used again."""
-        weight = self.axes.get(f"{name}.weight")
-        return weight[0] if weight else self.classes.new(name, size, reason)
-
     def record(self, name: str, *layouts: _Layout) -> None:
-        """State entry `name` has these layouts in its first dimensions; () for one that holds no units."""
+        """State entry `name` has these layouts in its first dimensions, () for one that holds no units.
+
+        An entry that is used again has the layouts of all its uses.
+        """
         if name not in self.state:
             for layout in layouts:
                 self.classes.fix(layout, f"{name} is not in the state dict")
@@ -527,8 +525,7 @@ class _Derivation:
         if dim < 0 or constant[dim] == 1:
             self.record(node.target, *[()] * len(constant))
             return None
-        known = self.axes.get(node.target)
-        layout = known[dim] if known else self.classes.new(node.target, constant[dim])
+        layout = self.classes.new(node.target, constant[dim])
         self.record(node.target, *[layout if d == dim else () for d in range(len(constant))])
         return layout
 

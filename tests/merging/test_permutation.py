@@ -303,18 +303,38 @@ def test_what_cannot_be_permuted_safely_is_fixed_and_listed():
     assert not spec.sizes and "meet in add" in spec.fixed["conv"] and "meet in add" in spec.fixed["hidden"]
 
     class BothWays(nn.Module):
-        """One vector of eight: over the channels here, over the width there."""
+        """One vector of eight: over the width here, over hidden units there."""
+
+        def __init__(self, hidden_first):
+            super().__init__()
+            self.hidden_first = hidden_first
+            self.conv, self.hidden, self.fc = nn.Conv2d(3, 5, 1), nn.Linear(3, 8), nn.Linear(13, 4)
+            self.vector = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            if self.hidden_first:
+                hidden, maps = self.hidden(x.mean((2, 3))) + self.vector, self.conv(x) + self.vector
+            else:
+                maps, hidden = self.conv(x) + self.vector, self.hidden(x.mean((2, 3))) + self.vector
+            return self.fc(torch.cat([hidden, maps.amax((2, 3))], 1))
+
+    for hidden_first in (True, False):
+        spec = derive_spec(BothWays(hidden_first), torch.zeros(1, 3, 8, 8))
+        assert list(spec.sizes) == ["conv"] and "holds no units in vector" in spec.fixed["hidden"]
+
+    class Mixed(nn.Module):
+        """Units that could move are added to some that can't."""
 
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2, self.vector = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Parameter(torch.ones(8))
+            self.free, self.grouped, self.fc = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, groups=2), nn.Conv2d(6, 4, 1)
+            self.other = nn.Conv2d(3, 6, 1)
 
         def forward(self, x):
-            x = self.conv2(self.conv1(x) + self.vector)
-            return x.mean((2, 3)) + self.vector
+            return self.fc(self.free(x) + self.grouped(self.other(x)))
 
-    spec = derive_spec(BothWays(), torch.zeros(1, 3, 8, 8))
-    assert list(spec.sizes) == ["conv1"] and "vector" not in spec.fixed
+    spec = derive_spec(Mixed(), torch.zeros(1, 3, 8, 8))
+    assert not spec.sizes and "grouped convolution grouped" in spec.fixed["free"]
 
     class Dangling(nn.Module):
         def __init__(self):
@@ -352,6 +372,7 @@ REFUSED = {
     "getitem": Applied(lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
     "pad": Applied(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, -1))),
     "max": Applied(lambda m, x: x * x.max().item()),
+    "MaxPool2d pool": Applied(lambda m, x: m.pool(x.flatten(2)).reshape(x.shape), pool=nn.MaxPool2d(3, 1, 1)),
     "Linear last": Applied(lambda m, x: m.last(x), last=nn.Linear(8, 8)),
 }
 
@@ -464,19 +485,37 @@ def test_features_in_concatenations_in_runs_and_before_operations_in_place():
         def __init__(self):
             super().__init__()
             self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.conv4 = nn.Conv2d(4, 4, 1)
 
         def forward(self, x):
             x = self.conv1(x)
             y = self.conv2(x)
             x.relu_()
-            return self.conv3(x) + y
+            y = y + self.conv3(x * 2)
+            x.mul_(-3)
+            return y + self.conv4(x)
 
     model = InPlace()
     channels_last = x.contiguous(memory_format=torch.channels_last)
+    spec = derive_spec(model, x)
+    with torch.no_grad():
+        read = feature_reader(model, spec, "all")(channels_last)["conv1"]
+        after = rows(model.conv1(x).relu())
+    # conv2 and conv4 read one tensor, before and after it changed in place: the last time counts, and comes last.
+    assert [r.node for r in spec.reads["conv1"]] == ["conv3", "conv4"]
+    torch.testing.assert_close(read, [2 * after, -3 * after])
+
+    class ChangedLater(InPlace):
+        def forward(self, x):
+            x = self.conv1(x)
+            y = self.conv2(x)
+            x.relu_()
+            return y + self.conv3(x * 2) + self.conv4(x + 1)
+
+    model = ChangedLater()
     with torch.no_grad():
         read = feature_reader(model, derive_spec(model, x), "all")(channels_last)["conv1"]
-        # Both convolutions read one tensor, once before and once after the ReLU: the last read counts.
-        torch.testing.assert_close(read[-1], rows(model.conv1(x).relu()))
+        torch.testing.assert_close(read[0], rows(model.conv1(x)))
 
 
 def test_the_command_line_prints_groups_sizes_and_members(capsys):
