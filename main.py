@@ -237,6 +237,8 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
 def run(o: Namespace, command: str) -> Path:
     ckp, made_with, loaded = settle_options(o)
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    if not topology.is_connected and o.topology != "disconnected":
+        print(f"note: --topology {o.topology} is not connected: its parts never hear of each other")
     device = pick_device(o.device)
     dataset, train_parts, test_parts = load_agents_data(o, device)
     states = [{k: t.to(device) for k, t in s.items()} for s in initial_states(o, dataset, ckp, loaded)]
@@ -244,22 +246,29 @@ def run(o: Namespace, command: str) -> Path:
                   states, samples=[0] * o.num_models, steps=[0] * o.num_models)
     _ = fleet.spec  # a model that can't be permuted is an error now, not after hours
     config = vars(o) | circumstances(command)
-    folder = RunFolder(run_folder(vars(o), options_that_matter(o, made_with)), config,
-                       resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite)
-    if folder.finished >= o.merg_itr and not o.merg_itr_init:
-        print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")
-        return folder.path
+    if Path(o.topology).suffix == ".json":
+        config["pi"] = topology.pi.tolist()  # the file may change
+    with RunFolder(run_folder(vars(o), options_that_matter(o, made_with)), config,
+                   resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite) as folder:
+        if folder.finished >= o.merg_itr and not o.merg_itr_init:
+            print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")
+        else:
+            start_or_continue(fleet, folder)
+    return folder.path
+
+
+def start_or_continue(fleet: Fleet, folder: RunFolder) -> None:
+    """From the first iteration, or from where the folder's state leaves off."""
     saved = folder.load()
     if saved is None:
         record(folder, fleet, 0, "initial", fleet.states, time.perf_counter())
         finished, phase = 0, "trained"
     else:
-        fleet.states = [{k: t.to(device) for k, t in s.items()} for s in saved["states"]]
+        fleet.states = [{k: t.to(fleet.trainer.device) for k, t in s.items()} for s in saved["states"]]
         fleet.samples, fleet.steps = saved["samples"], saved["steps"]
         finished, phase = saved["iteration"], saved["phase"]
-        print(f"continuing after iteration {finished} of {o.merg_itr}")
+        print(f"continuing after iteration {finished} of {fleet.o.merg_itr}")
     merge_and_train(fleet, folder, finished, phase)
-    return folder.path
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import shlex
-import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -21,7 +20,7 @@ from data.partition import PARTITIONS, make_partition
 from models import MODELS, build_model
 from utils import training
 from utils.checkpoint import check_state, checkpoint_folder
-from utils.files import check_writable, circumstances, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.files import circumstances, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml
 from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
 from utils.seeds import generator
@@ -33,7 +32,7 @@ MACHINE = ("device", "compile", "config", "overwrite", "data_dir", "imgntdir", "
 
 def fill_defaults(options: Namespace) -> None:
     """Settle what may be inherited from a checkpoint and was not."""
-    defaults = {"data_dist": "iid", "train_samples": 0, "width_multiplier": 8}
+    defaults = {"data_dist": "iid", "train_samples": 0, "holdout": 0, "width_multiplier": 8}
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -47,7 +46,7 @@ def fill_defaults(options: Namespace) -> None:
 
 def load_agents_data(o: Namespace, device: torch.device) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
     """The data set on `device` and the indices of every agent's training and test images."""
-    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, train_samples=o.train_samples)
+    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout)
     seed = o.seed if o.partition_seed is None else o.partition_seed
     train_parts, test_parts = make_partition(
         o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
@@ -137,12 +136,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     save_text(path, text.getvalue())
 
 
-def prepare_folder(o: Namespace, command: str) -> Path:
-    """The checkpoint folder with its config.yaml; refuses one that was made with other options."""
-    folder = checkpoint_folder(vars(o))
-    if o.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    check_writable(folder)
+def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
+    """Give the claimed checkpoint folder its config.yaml; refuse one that was made with other options."""
+    if o.overwrite:
+        clear(folder)
     config = {k: v for k, v in vars(o).items() if k not in MACHINE}
     config["partition_seed"] = o.seed if o.partition_seed is None else o.partition_seed
     old = load_yaml(folder / "config.yaml")
@@ -152,7 +149,6 @@ def prepare_folder(o: Namespace, command: str) -> Path:
                              "choose another --save_folder or give --overwrite")
     if not old:
         save_yaml(folder / "config.yaml", config | circumstances(command))
-    return folder
 
 
 def run(o: Namespace, command: str) -> Path:
@@ -160,18 +156,25 @@ def run(o: Namespace, command: str) -> Path:
     device = pick_device(o.device)
     dataset, parts, _ = load_agents_data(o, device)
     template = new_model(o, dataset, seed=0)
-    folder = prepare_folder(o, command)
+    folder = checkpoint_folder(vars(o))
+    with claim(folder):
+        prepare_folder(o, folder, command)
+        train_agents(o, LocalTrainer(template, dataset, o, device), parts, folder)
+    return folder
+
+
+def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], folder: Path) -> None:
+    """Train and measure the agents that `folder` lacks."""
     table = folder / "model_accuracies.csv"
     rows = read_rows(table)
     missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
     if not missing:
         print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
-    trainer = LocalTrainer(template, dataset, o, device)
     for agent in missing:
         file = folder / f"model_{agent}.pth"
         if file.exists():
             state = load_tensors(file)
-            check_state(state, template.state_dict(), str(file))
+            check_state(state, trainer.model.state_dict(), str(file))
             trainer.model.load_state_dict(state)
         else:
             train_agent(trainer, agent, parts[agent], folder)
@@ -180,7 +183,6 @@ def run(o: Namespace, command: str) -> Path:
         write_rows(table, rows)
         print(f"agent {agent}: {len(parts[agent])} images, train {row['train_accuracy']:.2f} %, "
               f"test: own classes {row['own_classes_accuracy']:.2f} %, all {row['all_classes_accuracy']:.2f} %")
-    return folder
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -92,23 +92,41 @@ def load_dataset(
     data_dir: str | os.PathLike = "datasets",
     imgntdir: str | os.PathLike | None = None,
     train_samples: int = 0,
+    holdout: int = 0,
     download: bool = True,
 ) -> Dataset:
     """Load a data set by its name in `DATASETS`.
 
     imgntdir: the folder of a data set in Tiny ImageNet's layout (default `<data_dir>/tiny-imagenet-200`).
     train_samples: take only that many training images, the first of every class (0: all of them); a smaller slice is
-    part of a larger one. download: whether a data set that is absent may be downloaded.
+    part of a larger one. holdout: that many training images, the last of every class, are kept from training and take
+    the test set's place: what is chosen on them has not seen the test set. download: whether a data set that is absent
+    may be downloaded.
     Raises ValueError for an unknown name or a negative count, FileNotFoundError that says where to put what when the
     data is not to be had.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(sorted(DATASETS))}")
     dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
+    if holdout:
+        dataset = _hold_out(dataset, holdout)
     if train_samples == 0:
         return dataset
-    chosen = torch.from_numpy(class_balanced(dataset.train.labels.numpy(), train_samples))
-    return replace(dataset, train=ImageSet(dataset.train.images[chosen], dataset.train.labels[chosen]))
+    return replace(dataset, train=_take(dataset.train, class_balanced(dataset.train.labels.numpy(), train_samples)))
+
+
+def _hold_out(dataset: Dataset, n: int) -> Dataset:
+    count = len(dataset.train)
+    if n >= count:
+        raise ValueError(f"cannot hold out {n} images: {dataset.name} has {count} to train on")
+    held = np.zeros(count, dtype=bool)
+    held[count - 1 - class_balanced(dataset.train.labels.numpy()[::-1], n)] = True
+    return replace(dataset, train=_take(dataset.train, ~held), test=_take(dataset.train, held))
+
+
+def _take(images: ImageSet, chosen: np.ndarray) -> ImageSet:
+    chosen = torch.from_numpy(chosen)
+    return ImageSet(images.images[chosen], images.labels[chosen])
 
 
 def class_balanced(labels: np.ndarray, n: int, seed: int | torch.Generator | None = None) -> np.ndarray:

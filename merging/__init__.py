@@ -3,6 +3,7 @@
     merged = merge(models, weights, method="DIMAT", batches=images)
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from merging.averaging import State, weighted_average
 from merging.batch_norm import Batches, reestimate, tracked_norms
 from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
 from merging.weight_matching import match_weights
+
+# `python -m merging.permutation` imports this package, and so the module itself, before it runs it: harmless there.
+warnings.filterwarnings("ignore", message=r"'merging\.\w+' found in sys\.modules", category=RuntimeWarning)
 
 BN_RESETS = ("none", "after", "both")
 MATCH_AT = ("last", "all")

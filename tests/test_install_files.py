@@ -40,7 +40,7 @@ def test_requirements_have_lower_bounds_only_and_include_each_other():
 
 def test_every_third_party_import_is_required():
     """A package that a module of ours imports is in requirements.txt (tests may use requirements-dev.txt too)."""
-    modules = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    modules = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | {path.stem for path in ROOT.glob("*.py")}
     required = {re.split("[>=]", line)[0] for line in requirements(ROOT / "requirements.txt")}
     packages = ("benchmarks", "data", "merging", "models", "optimizers", "utils")
@@ -94,3 +94,34 @@ def test_ci_is_executable_and_strict():
     assert os.access(script, os.X_OK)
     assert "set -euo pipefail" in script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+EXTENSION_IMPORTS = """
+import numpy as np, torch
+from dataclasses import replace
+from torch import nn
+from data.datasets import digits, load_dataset, register_dataset
+from data.partition import make_partition, register_partition
+from merging import merge, register_method
+from merging.permutation import random_permutations
+from models import build_model, register_model
+from utils.topology import make_topology, register_topology
+"""
+EXTENSION_USES = """
+y = load_dataset("bright_digits").train.labels.numpy()
+assert len(make_partition("sorted", y, y, 3, num_classes=10)[0]) == 3
+mlps = [build_model("mlp", 10, in_channels=1, image_size=8) for _ in range(3)]
+merged = merge(mlps, make_topology("line", 3).pi, method="RANDOM", batches=[torch.rand(4, 1, 8, 8)])
+assert len(merged) == 3
+"""
+
+
+@pytest.mark.parametrize(
+    "heading, before, after",
+    [("Merge your own models", "", ""), ("Extend it", EXTENSION_IMPORTS, EXTENSION_USES)],
+)
+def test_the_examples_of_the_readme_run(heading, before, after):
+    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
+    code = section.split("~~~python\n")[1].split("~~~\n")[0]
+    result = subprocess.run([sys.executable, "-c", before + code + after], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

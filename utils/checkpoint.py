@@ -12,7 +12,7 @@ from torch import Tensor
 from utils.files import load_tensors, load_yaml, variant
 
 State = dict[str, Tensor]
-INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "width_multiplier")
+INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
 
 
 def checkpoint_folder(o: dict[str, Any]) -> Path:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 # Options that change results, with the paper's values. A path names those that differ from this table; it is frozen,
 # so that a later change of a default never makes an old folder mean something else.
 REFERENCE = {
-    "width_multiplier": 8, "train_samples": 0, "alpha": None, "partition_seed": None, "phase": None,
+    "width_multiplier": 8, "train_samples": 0, "holdout": 0, "alpha": None, "partition_seed": None, "phase": None,
     "batch_size": 100, "optim": "adam", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "amp": "none",
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
@@ -80,12 +83,24 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{path} can't be read as a checkpoint (truncated or of another kind?): {reason}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Raise a one-line error now rather than after hours of work."""
-    probe = folder / f".writable.{os.getpid()}"
+def claim(folder: Path) -> AbstractContextManager:
+    """Make `folder`, and keep other processes from writing to it until the context or this process ends.
+
+    Raises ValueError now rather than after hours of work when it can't be written to, or another process is at it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is writing to {folder}: wait for it, or stop it") from None
     except OSError as error:
         raise ValueError(f"can't write to {folder}: {error.strerror}") from None
+
+
+def clear(folder: Path) -> None:
+    """Delete what is in a claimed folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()

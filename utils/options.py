@@ -78,6 +78,9 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
                    help="which half of the data --data_dist=non-iid-PF deals")
     g.add_argument("--train_samples", type=number(int, 0), default=None,
                    help="use only a class-balanced slice of the training images; 0 = all" + said % "0")
+    g.add_argument("--holdout", type=number(int, 0), default=None, metavar="N",
+                   help="keep N training images from training and evaluate on them instead of the test set, to choose "
+                        "settings by" + said % "0")
     g.add_argument("--data_dir", default="datasets", metavar="DIR", help="where the data sets are")
     g.add_argument("--imgntdir", default=None, metavar="DIR", help="a folder in Tiny ImageNet's layout")
 

@@ -9,14 +9,13 @@ import csv
 import io
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from utils.files import check_writable, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
+from utils.files import claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
 
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
@@ -39,15 +38,15 @@ def run_folder(o: dict[str, Any], method_options: dict[str, Any]) -> Path:
 class RunFolder:
     """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
 
-    Raises ValueError when the folder holds a run of other options, an unfinished run without `resume`, or no state
-    for `start`.
+    No other process can open it before the `with` block ends. Raises ValueError when the folder holds a run of other
+    options, an unfinished run without `resume`, or no state for `start`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, resume: bool, start: int, overwrite: bool):
         self.path, self.start = path, start
-        if overwrite and path.exists():
-            shutil.rmtree(path)
-        check_writable(path)
+        self.lock = claim(path)
+        if overwrite:
+            clear(path)
         old = load_yaml(path / "config.yaml")
         for key in config.keys() - FREE:
             if key in old and old[key] != config[key]:
@@ -60,13 +59,20 @@ class RunFolder:
             raise ValueError(f"--merg_itr_init {start}: {path} has no state after iteration {start}; "
                              f"there is {self._kept() or 'none'} (--keep all keeps every one)")
         self.finished = self._iteration("state.pt")
-        if self.finished and not (resume or start) and self.finished < config["merg_itr"]:
+        begun = (path / "metrics.csv").exists()
+        if begun and not (resume or start) and self.finished < config["merg_itr"]:
             raise ValueError(f"{path} holds an interrupted run (iteration {self.finished} of {config['merg_itr']} "
                              "finished): give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
         elif old["merg_itr"] != config["merg_itr"]:
             save_yaml(path / "config.yaml", old | {"merg_itr": config["merg_itr"]})
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.lock.__exit__(*exception)
 
     def _iteration(self, name: str) -> int:
         file = self.path / name
@@ -92,6 +98,8 @@ class RunFolder:
         if metrics.exists():
             os.truncate(metrics, length)
         iteration = state["iteration"] if state else 0
+        if self.finished > iteration:
+            print(f"note: iterations {iteration + 1} to {self.finished} are dropped and done again")
         for stale in self.path.glob("**/iteration_*"):
             if int(re.search(r"iteration_(\d+)", stale.name).group(1)) > iteration:
                 stale.unlink()

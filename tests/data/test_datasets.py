@@ -85,6 +85,17 @@ def test_train_samples_takes_a_balanced_slice_of_the_training_images_only(tmp_pa
     assert len(part.test) == len(whole.test)
     chosen = class_balanced(whole.train.labels.numpy(), 50)
     assert torch.equal(part.train.images, whole.train.images[chosen])
+    held = load_dataset("digits", tmp_path, train_samples=50, holdout=100)
+    assert torch.equal(held.train.images, part.train.images)  # the slice stays the same: the others are held out
+    assert held.test.labels.bincount().tolist() == [10] * 10
+    rest = load_dataset("digits", tmp_path, holdout=100).train
+    assert len(rest) == len(whole.train) - 100
+    known = {image.numpy().tobytes() for image in whole.train.images}
+    kept = {image.numpy().tobytes() for image in rest.images}
+    held_out = {image.numpy().tobytes() for image in held.test.images}
+    assert held_out <= known and not held_out & kept
+    with pytest.raises(ValueError, match="hold out"):
+        load_dataset("digits", tmp_path, holdout=len(whole.train))
     assert len(load_dataset("digits", tmp_path, train_samples=10**6).train) == len(whole.train)
 
 

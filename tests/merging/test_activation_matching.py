@@ -41,6 +41,12 @@ def test_a_drift_away_from_the_first_batch_does_no_harm():
     np.testing.assert_allclose(streamed(features, [(0, 1)]).between(0, 1), oracle(features[0], features[1]), atol=1e-5)
 
 
+def test_slices_of_a_batch_add_up(monkeypatch):
+    monkeypatch.setattr(activation_matching, "SLICE", 4 * 33)
+    features = {agent: torch.randn(100, 4, generator=torch.Generator().manual_seed(agent)) for agent in range(2)}
+    np.testing.assert_allclose(streamed(features, [(0, 1)]).between(0, 1), oracle(features[0], features[1]), atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, -1e-6])
 def test_dead_units_have_correlation_zero(value):
     features = {agent: torch.randn(300, 4, generator=torch.Generator().manual_seed(agent)) for agent in range(2)}
@@ -73,6 +79,7 @@ def net(seed: int) -> Net:
     model = Net()
     nn.init.uniform_(model.stem_norm.running_mean, -0.2, 0.2)
     nn.init.uniform_(model.stem_norm.running_var, 0.2, 1.0)
+    nn.init.normal_(model.back.weight, std=0.5)  # so that the residual sum is not just the stem again
     return model
 
 
@@ -104,6 +111,9 @@ def test_matches_are_the_best_assignments(spec, at):
     states = [model.state_dict() for model in models]
     matched = match_activations(spec, models[0], states, [(1, 0), (1, 2)], images(), at=at)
     assert set(matched) == {(0, 1), (1, 0), (1, 2), (2, 1)}
+    if at == "all":  # the first read of the residual group must have a say
+        last = match_activations(spec, models[0], states, [(1, 0), (1, 2)], images(), at="last")
+        assert any(not torch.equal(matched[edge][group], last[edge][group]) for edge in last for group in spec.sizes)
     features = [features_by_hand(model, at) for model in models]
     for i, j in [(0, 1), (1, 2)]:
         for group, size in spec.sizes.items():

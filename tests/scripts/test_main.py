@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.datasets import load_dataset
 from tests.helpers import process, script
+from utils.files import claim
+from utils.topology import make_topology
 
-RUN = ["--dataset=digits", "--num_models=3", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
+RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
 
 
 def folder_of(result, home: Path) -> Path:
@@ -45,23 +48,23 @@ def uninterrupted(checkpoints, tmp_path_factory) -> Path:
 
 def test_a_run_folder_holds_what_it_should(uninterrupted):
     assert uninterrupted.as_posix().endswith(
-        "results/digits/resnet20/iid/trained/DIMAT/ring_3/epochs_1/"
+        "results/digits/resnet20/iid/trained/DIMAT/ring_4/epochs_1/"
         "width=1,train_samples=200,match_augment=False,pretrain_epochs=2/seed_0")
     rows = rows_of(uninterrupted)
-    phases = [(row["iteration"], row["phase"]) for row in rows[::3]]
+    phases = [(row["iteration"], row["phase"]) for row in rows[::4]]
     assert phases == [("0", "initial"), ("1", "merged"), ("1", "trained"), ("2", "merged"), ("2", "trained"),
                       ("3", "merged"), ("3", "trained"), ("4", "merged")]
     merged = [row for row in rows if row["phase"] == "merged"]
     assert all(row["train_accuracy"] == "" and int(row["bytes_sent"]) > 0 for row in merged)
     assert all(float(row["train_accuracy"]) > 0 for row in rows if row["phase"] == "trained")
     matrix = np.loadtxt(uninterrupted / "accuracy_matrix/iteration_0004_merged.csv", delimiter=",", skiprows=1)
-    assert matrix.shape == (3, 1 + 3 + 1)
-    assert float(rows[-1]["test_accuracy"]) == pytest.approx(matrix[2, -1], abs=1e-3)
-    assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 3
+    assert matrix.shape == (4, 1 + 4 + 1)
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(matrix[3, -1], abs=1e-3)
+    assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 4
 
 
 def test_a_finished_run_says_so(uninterrupted, checkpoints):
-    home = uninterrupted.parents[8]
+    home = uninterrupted.parents[9]
     before = (uninterrupted / "state.pt").stat().st_mtime_ns
     assert "finished before" in script("main", *RUN, f"--ckp={checkpoints}", cwd=home).stdout
     assert (uninterrupted / "state.pt").stat().st_mtime_ns == before
@@ -92,11 +95,31 @@ def test_a_finished_run_goes_on_as_if_it_had_never_stopped(uninterrupted, checkp
 
 def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[8], home)
+    shutil.copytree(uninterrupted.parents[9], home)
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
+    assert "iterations 3 to 4 are dropped" in script("main", *command, "--merg_itr_init=2", cwd=home).stdout
     result = script("main", *command, "--merg_itr_init=9", cwd=home, check=False)
     assert result.returncode == 2 and "--merg_itr_init 9" in result.stderr
+
+
+def test_two_processes_cannot_write_to_one_folder(uninterrupted, checkpoints):
+    home = uninterrupted.parents[9]
+    with claim(uninterrupted):
+        result = script("main", *RUN, f"--ckp={checkpoints}", "--overwrite", cwd=home, check=False)
+    assert result.returncode == 2 and "another process" in result.stderr
+    assert (uninterrupted / "state.pt").exists()
+
+
+def test_a_changed_topology_file_is_another_run(checkpoints, tmp_path):
+    flags = [flag for flag in RUN if not flag.startswith(("--exp", "--training"))]
+    command = [*flags, f"--ckp={checkpoints}", "--merg_itr=1", "--topology=own.json"]
+    (tmp_path / "own.json").write_text(make_topology("ring", 4).to_json())
+    script("main", *command, cwd=tmp_path)
+    (tmp_path / "own.json").write_text(make_topology("star", 4).to_json())
+    result = script("main", *command, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "pi=" in result.stderr
+    script("main", *command, "--overwrite", cwd=tmp_path)
 
 
 def broken(checkpoints: Path, home: Path, change) -> Path:
@@ -166,8 +189,8 @@ def test_random_starts_are_the_same_for_all_or_different(tmp_path):
 
 @pytest.mark.slow
 def test_dimat_learns_on_digits(tmp_path):
-    """Five agents alone reach about 91 %; on a ring DIMAT is above 90 % on average by its sixth merge."""
-    common = ["--dataset=digits", "--num_models=5", "--width_multiplier=1"]
+    """Five agents alone reach about 87 %; on a ring DIMAT is above 90 % on average by its sixth merge (95.0)."""
+    common = ["--dataset=digits", "--num_models=5", "--width_multiplier=1", "--batch_size=50"]
     out = script("train", *common, "--epochs=10", cwd=tmp_path).stdout
     ckp = out.splitlines()[-1].removeprefix("checkpoints: ")
     folder = folder_of(script("main", *common, f"--ckp={ckp}", "--opt=DIMAT", "--exp=2", "--merg_itr=6", "--training",
@@ -175,3 +198,33 @@ def test_dimat_learns_on_digits(tmp_path):
     final = [float(row["test_accuracy"]) for row in rows_of(folder)[-5:]]
     assert rows_of(folder)[-1]["iteration"] == "6"
     assert len(final) == 5 and np.mean(final) > 90
+
+
+def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
+    """Every pass of a run, counted in images at the network's first layer."""
+    images = 0
+
+    def count(module, inputs):
+        nonlocal images
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels == 1:
+            images += len(inputs[0])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        script("main", *RUN, f"--ckp={checkpoints}", "--merg_itr=2", "--bn_reset=both", cwd=tmp_path)
+    finally:
+        hook.remove()
+    agents, train, test = 4, 200, len(load_dataset("digits").test)
+    merges = 2 * (2 * agents * train + agents * train)  # each agent's model twice, each merged one once
+    evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
+    traced = 2  # the example from which the permutation groups are derived
+    assert images == merges + evaluations + train + traced
+
+
+def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
+    flags = [flag for flag in RUN if not flag.startswith(("--exp", "--training"))]
+    once = [*flags, "--exp=1", "--merg_itr=1", f"--ckp={checkpoints}"]
+    shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
+    assert len({(shared / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 1
+    own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
+    assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4

@@ -25,19 +25,19 @@ def same_files(a: Path, b: Path, pattern: str) -> None:
 
 def test_checkpoints_lie_at_the_documented_path(checkpoints):
     assert checkpoints.as_posix().endswith(
-        "checkpoint/digits/resnet20/diff_initialization/models_no3/data_dist_iid/num_epochs_2/"
+        "checkpoint/digits/resnet20/diff_initialization/models_no4/data_dist_iid/num_epochs_2/"
         "width=1,train_samples=200/random_seed_0")
     rows = list(csv.DictReader((checkpoints / "model_accuracies.csv").open()))
-    assert [row["agent"] for row in rows] == ["0", "1", "2"]
+    assert [row["agent"] for row in rows] == ["0", "1", "2", "3"]
     assert all(0 < float(row["train_accuracy"]) <= 100 for row in rows)
-    states = [torch.load(checkpoints / f"model_{i}.pth", weights_only=True) for i in range(3)]
+    states = [torch.load(checkpoints / f"model_{i}.pth", weights_only=True) for i in range(4)]
     assert not torch.equal(states[0]["conv1.weight"], states[1]["conv1.weight"])
 
 
 def test_a_finished_run_does_nothing(checkpoints):
     home = checkpoints.parents[8]
     before = {f: f.stat().st_mtime_ns for f in checkpoints.iterdir()}
-    out = script("train", *TINY, "--num_models=3", "--data_dist=iid", "--epochs=2", cwd=home).stdout
+    out = script("train", *TINY, "--num_models=4", "--data_dist=iid", "--epochs=2", cwd=home).stdout
     assert "finished before" in out
     assert before == {f: f.stat().st_mtime_ns for f in checkpoints.iterdir()}
 
