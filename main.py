@@ -26,6 +26,7 @@ from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
 from utils.checkpoint import check_state, describe, inherit, load_states
 from utils.files import circumstances
+from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse, pick_device
 from utils.progress import progress
 from utils.results import RunFolder, run_folder
@@ -273,6 +274,7 @@ def start_or_continue(fleet: Fleet, folder: RunFolder) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     methods = [*METHODS, ALONE]
+    keep_freed_memory()
     o = parse(main_parser(DATASETS, MODELS, PARTITIONS, methods, TOPOLOGIES, EXPS), argv)
     command = shlex.join(sys.argv if argv is None else ["main.py", *argv])
     try:

@@ -21,6 +21,7 @@ from models import MODELS, build_model
 from utils import training
 from utils.checkpoint import check_state, checkpoint_folder
 from utils.files import circumstances, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.memory import keep_freed_memory
 from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
 from utils.seeds import generator
@@ -186,6 +187,7 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
 
 
 def main(argv: list[str] | None = None) -> int:
+    keep_freed_memory()
     options = parse(train_parser(DATASETS, MODELS, PARTITIONS), argv)
     command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
     try:

@@ -30,6 +30,7 @@ from data.batches import Batches
 from data.datasets import Dataset, ImageSet, class_balanced, load_dataset
 from merging.averaging import weighted_average
 from models import build_model
+from utils.memory import keep_freed_memory
 from utils.seeds import generator
 from utils.topology import Topology, make_topology
 from utils.training import evaluate, make_optimizer, memory_format, snapshot, train_epoch
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--data_dir", default=None, help="take CIFAR-10 from this folder, not random images")
+    keep_freed_memory()
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = (options.train_samples, options.test_samples)

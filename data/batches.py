@@ -9,14 +9,15 @@ import torch
 from torch.nn.functional import pad
 
 from data.datasets import Dataset, ImageSet
+from utils.training import memory_format
 
 
 class Batches:
     """Batches (x, y) of some images: x float32 (B, C, H, W), normalised by the data set's mean and std, y int64 (B,).
 
-    Can be iterated many times. Every pass takes a fresh generator from `make_generator`, which decides the order
-    (`shuffle`) and the augmentation (`augment`: each sample its own flip and crop, as far as the data set allows
-    them), so that all passes are the same if all generators are.
+    x has the memory layout in which its device is fastest. Can be iterated many times. Every pass takes a fresh
+    generator from `make_generator`, which decides the order (`shuffle`) and the augmentation (`augment`: each sample
+    its own flip and crop, as far as the data set allows them), so that all passes are the same if all generators are.
 
     images: the data set's `train` or `test`; indices: which of them, in this order (None: all). The last batch may be
     smaller. Raises ValueError for a batch size below 1, no images, or chance without a generator.
@@ -76,7 +77,8 @@ class Batches:
             x, y = self.images.images.index_select(0, order[batch]), self.images.labels.index_select(0, order[batch])
             if self.augment:
                 x = crop_and_flip(x, offsets[batch], flips[batch], self.padding)
-            yield x.float().mul_(self.scale).add_(self.shift), y
+            x = x.to(torch.float32, memory_format=memory_format(device))
+            yield x.mul_(self.scale).add_(self.shift), y
 
 
 def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, padding: int) -> torch.Tensor:
