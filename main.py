@@ -24,7 +24,7 @@ from merging.permutation import PermutationSpec, derive_spec
 from models import MODELS, infer_width
 from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
-from utils.checkpoint import check_state, describe, inherit, load_states
+from utils.checkpoint import check_state, describe, digest, inherit, load_states
 from utils.files import circumstances
 from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse, pick_device
@@ -71,9 +71,12 @@ class Fleet:
         else:
             data = {"local_batches": [self.matching_batches(part, i, iteration)
                                       for i, part in enumerate(self.train_parts)]}
-        return merge(self.states, self.weights, method="WA" if o.opt == ALONE else o.opt, model=self.trainer.model,
-                     spec=self.spec, bn_reset=o.bn_reset, match_at=o.match_at,
-                     match_memory=int(o.match_memory * 2**30), **data)
+        try:
+            return merge(self.states, self.weights, method="WA" if o.opt == ALONE else o.opt, model=self.trainer.model,
+                         spec=self.spec, bn_reset=o.bn_reset, match_at=o.match_at,
+                         match_memory=int(o.match_memory * 2**30), **data)
+        except ValueError as error:
+            raise ValueError(f"iteration {iteration}: {error}") from error
 
     @cached_property
     def spec(self) -> PermutationSpec | None:
@@ -200,20 +203,22 @@ def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
     if o.exp is not None and o.topology is not None:
         raise ValueError(f"--exp {o.exp} and --topology {o.topology} both name the topology: give one")
     o.topology = o.topology or EXPS[o.exp or 1]
-    made_with, loaded, ckp = {}, [], None
-    if not o.randominit:
-        if o.diffinit:
-            raise ValueError("--diffinit belongs to --randominit: the models come from --ckp here")
-        if o.ckp is None:
-            raise ValueError("--ckp is missing: give the folder that train.py printed, or --randominit")
-        ckp = Path(o.ckp)
+    made_with, loaded, ckp = {}, [], Path(o.ckp) if o.ckp is not None else None
+    if o.merg_itr_init >= o.merg_itr:
+        raise ValueError(f"--merg_itr_init {o.merg_itr_init} leaves nothing to do of --merg_itr {o.merg_itr}")
+    if o.diffinit and not o.randominit:
+        raise ValueError("--diffinit belongs to --randominit: the models come from --ckp here")
+    if ckp is None and not o.randominit:
+        raise ValueError("--ckp is missing: give the folder that train.py printed, or --randominit")
+    if ckp is not None:  # random models too learn on the data that the checkpoint's would
         made_with = describe(ckp)
         inherit(vars(o), made_with, f"--ckp {ckp}")
-        loaded = load_states(ckp, o.num_models)
         if o.partition_seed is None:
             o.partition_seed = made_with.get("seed")
-        if o.width_multiplier is None and loaded:
-            o.width_multiplier = infer_width(o.model, loaded[0])
+        if not o.randominit:
+            loaded = load_states(ckp, o.num_models)
+            if o.width_multiplier is None and loaded:
+                o.width_multiplier = infer_width(o.model, loaded[0])
     fill_defaults(o)
     return ckp, made_with, loaded
 
@@ -229,10 +234,11 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
         "match_at": o.match_at if matches else None,
         "bn_reset": o.bn_reset if merges else None,
+    } | ({} if o.randominit else {
         "pretrain_epochs": made_with.get("epochs"),
         "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
         "pretrain_init": "same" if made_with.get("init_seed") else None,
-    }
+    })
 
 
 def run(o: Namespace, command: str) -> Path:
@@ -246,12 +252,13 @@ def run(o: Namespace, command: str) -> Path:
     fleet = Fleet(o, topology, LocalTrainer(new_model(o, dataset), dataset, o, device), train_parts, test_parts,
                   states, samples=[0] * o.num_models, steps=[0] * o.num_models)
     _ = fleet.spec  # a model that can't be permuted is an error now, not after hours
-    config = vars(o) | circumstances(command)
+    config = vars(o) | circumstances(command) | {"initial_models": digest(states)}
     if Path(o.topology).suffix == ".json":
         config["pi"] = topology.pi.tolist()  # the file may change
-    with RunFolder(run_folder(vars(o), options_that_matter(o, made_with)), config,
+    matter = options_that_matter(o, made_with)
+    with RunFolder(run_folder(vars(o), matter), config, free={key for key, value in matter.items() if value is None},
                    resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite) as folder:
-        if folder.finished >= o.merg_itr and not o.merg_itr_init:
+        if folder.finished >= o.merg_itr and not folder.start:
             print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")
         else:
             start_or_continue(fleet, folder)
@@ -285,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; give the same command with --resume to continue", file=sys.stderr)
+        print("\nstopped; give the same command with --resume (without --overwrite) to continue", file=sys.stderr)
         return 130
     print(f"results: {folder}")
     return 0

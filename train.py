@@ -41,8 +41,12 @@ def fill_defaults(options: Namespace) -> None:
         options.alpha = 0.5
     if options.data_dist != "dirichlet" and options.alpha is not None:
         raise ValueError(f"--alpha belongs to --data_dist=dirichlet, not to {options.data_dist}")
+    if options.dataset != "tinyimgnt":
+        options.imgntdir = None
     if options.optim == "adam" and options.momentum:
         raise ValueError(f"--momentum {options.momentum} has no effect with --optim=adam: use --optim=sgd")
+    if options.overwrite and (vars(options).get("resume") or vars(options).get("merg_itr_init")):
+        raise ValueError("--overwrite deletes what --resume and --merg_itr_init continue from: leave one out")
 
 
 def load_agents_data(o: Namespace, device: torch.device) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
@@ -74,11 +78,16 @@ class LocalTrainer:
         return training.make_optimizer(self.model, o.optim, o.lr, o.momentum, o.weight_decay), scaler
 
     def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler) -> training.EpochStats:
-        """One local epoch; `seed_path` = (agent, iteration, purpose) decides order and augmentation."""
+        """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
         batches = Batches(self.dataset, self.dataset.train, indices, self.o.batch_size, shuffle=True, augment=True,
                           make_generator=lambda: generator(self.o.seed, *seed_path))
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
-        return training.train_epoch(self.fast, bar, optimizer, self.o.amp, scaler)
+        torch.manual_seed(generator(self.o.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
+        try:
+            return training.train_epoch(self.fast, bar, optimizer, self.o.amp, scaler)
+        except ValueError as error:  # BatchNorm can't be trained on one value per channel
+            raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
+                             f"{self.o.batch_size}): {error}") from error
 
     def evaluate(self, images, indices=None) -> training.Evaluation:
         batches = Batches(self.dataset, images, indices, EVAL_BATCH)
@@ -167,7 +176,7 @@ def run(o: Namespace, command: str) -> Path:
 def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], folder: Path) -> None:
     """Train and measure the agents that `folder` lacks."""
     table = folder / "model_accuracies.csv"
-    rows = read_rows(table)
+    rows = [row for row in read_rows(table) if (folder / f"model_{row['agent']}.pth").exists()]
     missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
     if not missing:
         print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
@@ -198,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; give the same command again to continue", file=sys.stderr)
+        print("\nstopped; give the same command again (without --overwrite) to continue", file=sys.stderr)
         return 130
     print(f"checkpoints: {folder}")
     return 0

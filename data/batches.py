@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,7 +21,8 @@ class Batches:
     its own flip and crop, as far as the data set allows them), so that all passes are the same if all generators are.
 
     images: the data set's `train` or `test`; indices: which of them, in this order (None: all). The last batch may be
-    smaller. Raises ValueError for a batch size below 1, no images, or chance without a generator.
+    smaller; a single image left over joins the batch before, as BatchNorm can't be trained on one. Raises ValueError
+    for a batch size below 1, no images, or chance without a generator.
     """
 
     def __init__(
@@ -58,8 +60,15 @@ class Batches:
     def num_samples(self) -> int:
         return len(self.indices)
 
+    def _bounds(self) -> list[int]:
+        """Where batches begin and end in the order of a pass."""
+        bounds = [*range(0, self.num_samples, self.batch_size), self.num_samples]
+        if len(bounds) > 2 and self.num_samples % self.batch_size == 1:
+            del bounds[-2]
+        return bounds
+
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return len(self._bounds()) - 1
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # All of a pass's chances are drawn at once, on the CPU: a pass on a GPU is the same, and copies once.
@@ -71,8 +80,7 @@ class Batches:
         if self.augment:
             offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator).to(device)
             flips = torch.randint(1 + self.flip, (n,), generator=generator).bool().to(device)
-        for start in range(0, n, self.batch_size):
-            batch = slice(start, start + self.batch_size)
+        for batch in itertools.starmap(slice, itertools.pairwise(self._bounds())):
             # index_select copies whole images, about ten times as fast on a CPU as images[chosen]
             x, y = self.images.images.index_select(0, order[batch]), self.images.labels.index_select(0, order[batch])
             if self.augment:

@@ -156,9 +156,12 @@ def _correlations(
 ) -> dict[str, list[Correlation]]:
     """One pass over the images: group -> one correlation per place where its features are read."""
     agents = sorted({agent for edge in edges for agent in edge})
+    # Each tensor under one name only, which functional_call asks for where several names share a tensor.
+    names = [name for name, _ in (*reader.named_parameters(), *reader.named_buffers())]
+    own = {agent: {name: states[agent][name] for name in names if name in states[agent]} for agent in agents}
     correlations: dict[str, list[Correlation]] = {}
     for x in images_of(batches, device_of(states[agents[0]]), "matching"):
-        features = {agent: functional_call(reader, states[agent], (x,)) for agent in agents}
+        features = {agent: functional_call(reader, state, (x,)) for agent, state in own.items()}
         for group in list(features[agents[0]]):
             of_group = [features[agent].pop(group) for agent in agents]  # frees a group's features after its products
             if group not in correlations:

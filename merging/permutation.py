@@ -716,8 +716,8 @@ def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "last") ->
     at: "last" reads a group once, at the input of the last layer that consumes it (after the activation; before a
     global pool, flatten or dropout that leads there), as in the paper; "all" at every distinct consumer input.
     A copy of the model in eval mode, without what comes after the last read. Parameter names are the model's, so
-    `torch.func.functional_call(reader, state, (x,))` works with every state dict of the model (`tie_weights=False` for
-    models in which several names share a tensor).
+    `torch.func.functional_call(reader, state, (x,))` works with every state dict of the model (of several names that
+    share a tensor, keep the first).
     """
     if at not in ("last", "all"):
         raise ValueError(f"at={at!r}: choose 'last' or 'all'")

@@ -77,7 +77,8 @@ def _fit_stem(model: nn.Module, in_channels: int) -> None:
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
     )
-    model.set_submodule(name, stem)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, stem)
 
 
 def _takes(model: nn.Module, in_channels: int, image_size: int) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from utils.files import load_tensors, load_yaml, variant
+from utils.files import SHORT, load_tensors, load_yaml, variant
 
 State = dict[str, Tensor]
 INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
@@ -31,12 +33,18 @@ def describe(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--ckp {folder} is not a folder: give the one that train.py printed")
     config = load_yaml(folder / "config.yaml")
     path = folder.resolve().as_posix()
-    patterns = {"data_dist": r"/data_dist_([^/]+)", "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
+    patterns = {"dataset": r"/([^/]+)/[^/]+/(?:same|diff)_initialization",
+                "model": r"/([^/]+)/(?:same|diff)_initialization",
+                "data_dist": r"/data_dist_([^/]+)", "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
                 "init_seed": r"/(same|diff)_initialization"}
     for key, pattern in patterns.items():
         if key not in config and (found := re.search(pattern, path)):
             text = found.group(1)
             config[key] = int(text) if text.isdigit() else text == "same" if key == "init_seed" else text
+    names = {short: key for key, short in SHORT.items()}
+    for setting in re.findall(r"[\w]+=[^,/]+", path.rpartition("/num_epochs_")[2]):
+        key, _, text = setting.partition("=")
+        config.setdefault(names.get(key, key), yaml.safe_load(text))
     return config
 
 
@@ -45,6 +53,10 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
 
     Raises ValueError when an option was given and differs: the agents would continue on other agents' data.
     """
+    for key in ("dataset", "model"):
+        theirs, ours = made_with.get(key), options[key]
+        if theirs is not None and theirs.replace(":", "_") != ours.replace(":", "_"):
+            raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
     for key in INHERITED:
         theirs = made_with.get(key)
         if options[key] is None:
@@ -60,6 +72,15 @@ def load_states(folder: Path, num_models: int) -> list[State]:
     if len(found) != num_models:
         raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
     return [load_tensors(folder / f"model_{i}.pth") for i in range(num_models)]
+
+
+def digest(states: list[State]) -> str:
+    """A short name for exactly these models."""
+    content = hashlib.sha256()
+    for state in states:
+        for key, value in state.items():
+            content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()[:12]
 
 
 def check_state(state: State, template: State, name: str) -> None:

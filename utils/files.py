@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 # so that a later change of a default never makes an old folder mean something else.
 REFERENCE = {
     "width_multiplier": 8, "train_samples": 0, "holdout": 0, "alpha": None, "partition_seed": None, "phase": None,
+    "imgntdir": "tiny-imagenet-200",
     "batch_size": 100, "optim": "adam", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "amp": "none",
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
@@ -34,6 +35,8 @@ def circumstances(command: str) -> dict[str, Any]:
 
 def variant(options: dict[str, Any]) -> str:
     """'width=1,alpha=0.5' for the options that differ from REFERENCE; '' if none does."""
+    if options.get("imgntdir"):  # the folder's name says which data set it is, not where it lies
+        options = options | {"imgntdir": Path(options["imgntdir"]).resolve().name}
     return ",".join(
         f"{SHORT.get(key, key)}={options[key]}"
         for key, usual in REFERENCE.items() if key in options and options[key] not in (None, usual)
@@ -90,7 +93,10 @@ def claim(folder: Path) -> AbstractContextManager:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        for half_written in folder.glob("**/.*.tmp"):  # by a process that was killed
+            half_written.unlink()
+        return lock
     except Timeout:
         raise ValueError(f"another process is writing to {folder}: wait for it, or stop it") from None
     except OSError as error:

@@ -180,10 +180,10 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     config = pre.parse_known_args(argv)[0].config
-    return p.parse_args(_config_arguments(p, config) + argv if config else argv)
+    return p.parse_args(_config_arguments(p, config, argv) + argv if config else argv)
 
 
-def _config_arguments(p: argparse.ArgumentParser, path: str) -> list[str]:
+def _config_arguments(p: argparse.ArgumentParser, path: str, argv: Sequence[str]) -> list[str]:
     try:
         options = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
@@ -194,6 +194,10 @@ def _config_arguments(p: argparse.ArgumentParser, path: str) -> list[str]:
     for key in options:
         if f"--{key}" not in known:
             p.error(f"--config {path}: unknown option '{key}'")
+    typed = {flag.partition("=")[0] for flag in argv}
+    for flag, other in (("--exp", "topology"), ("--topology", "exp")):  # two names of one thing
+        if flag in typed:
+            options.pop(other, None)
     return [f"--{key}={value}" for key, value in options.items() if value is not None]
 
 

@@ -9,6 +9,7 @@ import csv
 import io
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +40,36 @@ class RunFolder:
     """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
 
     No other process can open it before the `with` block ends. Raises ValueError when the folder holds a run of other
-    options, an unfinished run without `resume`, or no state for `start`.
+    options (those in `free` may differ), an unfinished run without `resume`, or no state for `start`.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, resume: bool, start: int, overwrite: bool):
-        self.path, self.start = path, start
+    def __init__(self, path: Path, config: dict[str, Any], *, free: Collection[str] = (), resume: bool, start: int,
+                 overwrite: bool):
+        self.path = path
         self.lock = claim(path)
         if overwrite:
             clear(path)
         old = load_yaml(path / "config.yaml")
-        for key in config.keys() - FREE:
+        for key in config.keys() - FREE - set(free):
             if key in old and old[key] != config[key]:
                 raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
                                  "choose another --results_dir, or --overwrite to delete it")
         if old and old.get("num_threads") != config["num_threads"]:
             print(f"note: begun with {old.get('num_threads')} threads, now {config['num_threads']}: "
                   "figures may differ in the last digits")
+        self.finished = self._iteration("state.pt")
+        # Once the run is past `start`, resuming goes on from where it is.
+        self.start = start = 0 if resume and self.finished > start else start
         if start and not self._state_file(start):
             raise ValueError(f"--merg_itr_init {start}: {path} has no state after iteration {start}; "
                              f"there is {self._kept() or 'none'} (--keep all keeps every one)")
-        self.finished = self._iteration("state.pt")
         begun = (path / "metrics.csv").exists()
         if begun and not (resume or start) and self.finished < config["merg_itr"]:
             raise ValueError(f"{path} holds an interrupted run (iteration {self.finished} of {config['merg_itr']} "
                              "finished): give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
-        elif old["merg_itr"] != config["merg_itr"]:
+        elif old["merg_itr"] < config["merg_itr"]:
             save_yaml(path / "config.yaml", old | {"merg_itr": config["merg_itr"]})
 
     def __enter__(self) -> RunFolder:
@@ -94,17 +98,21 @@ class RunFolder:
         file = self._state_file(self.start) if self.start else self.path / "state.pt"
         state = load_tensors(file) if file.exists() else None
         metrics = self.path / "metrics.csv"
-        length = state["metrics_bytes"] if state else 0
-        if metrics.exists():
-            os.truncate(metrics, length)
-        iteration = state["iteration"] if state else 0
+        iteration, length = (state["iteration"], state["metrics_bytes"]) if state else (0, 0)
+        if length > (metrics.stat().st_size if metrics.exists() else 0):
+            raise ValueError(f"{metrics} is shorter than when iteration {iteration} was finished: restore it, or give "
+                             "--overwrite")
         if self.finished > iteration:
             print(f"note: iterations {iteration + 1} to {self.finished} are dropped and done again")
+            save_tensors(self.path / "state.pt", state)  # first: it says what counts
+            for stale in self.path.glob("*/model_*.pth"):
+                stale.unlink()
+            self.save_models(state["phase"], state["states"])
+        if metrics.exists():
+            os.truncate(metrics, length)
         for stale in self.path.glob("**/iteration_*"):
             if int(re.search(r"iteration_(\d+)", stale.name).group(1)) > iteration:
                 stale.unlink()
-        if self.start and state:
-            save_tensors(self.path / "state.pt", state)
         return state
 
     def record(self, iteration: int, phase: str, rows: list[dict[str, Any]], matrix: np.ndarray) -> None:

@@ -15,7 +15,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(RuntimeError):
-    """The training loss is not a finite number."""
+    """The training loss, or what it made of the model, is not finite."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], opti
                 amp: str = "none", scaler: torch.amp.GradScaler | None = None) -> EpochStats:
     """One pass of cross-entropy training over `batches` of (x (B,C,H,W), y (B,)).
 
-    Raises Diverged when the loss stopped being finite; it is looked at once per epoch, so that the device never waits.
+    Raises Diverged when the loss or the model is not finite any more; that is looked at once per epoch, so that the
+    device never waits.
     """
     model.train()
     loss_sum = right = None
@@ -93,7 +94,14 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], opti
     mean = float(loss_sum) / samples
     if not math.isfinite(mean):
         raise Diverged(f"the training loss became {mean}: try a smaller --lr")
+    if not all_finite(model):
+        raise Diverged("the model has NaN or infinite values: try a smaller --lr")
     return EpochStats(mean, 100.0 * int(right) / samples, samples, steps)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter and buffer is; the device is waited for once."""
+    return bool(torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all())
 
 
 @torch.inference_mode()

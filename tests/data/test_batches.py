@@ -44,6 +44,19 @@ def test_plain_batches_are_the_normalised_images_in_order(indices, batch_size):
     assert len(batches) == len(sizes) and set(sizes[:-1]) <= {batch_size} and sizes[-1] <= batch_size
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(10, [10, 10, 3]), (11, [11, 12]), (22, [23]), (23, [23]), (1, [1] * 23)]
+)
+def test_a_single_image_left_over_joins_the_batch_before(batch_size, sizes):
+    batches = Batches(make_dataset(), make_dataset().train, None, batch_size)
+    assert [len(x) for x, _ in batches] == sizes and len(batches) == len(sizes)
+
+
+def test_batches_have_the_layout_that_is_fast_here():
+    x, _ = next(iter(Batches(make_dataset(), make_dataset().train, None, 5)))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_shuffling_visits_every_sample_once_in_the_generators_order():
     dataset = make_dataset()
     x, y = gathered(Batches(dataset, dataset.train, None, 5, shuffle=True, make_generator=lambda: generator(1)))

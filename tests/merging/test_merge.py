@@ -320,3 +320,22 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
 def test_errors_come_before_the_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge(**({"models_or_states": nets(2), "weights": HALVES, "batches": images()} | arguments))
+
+
+@pytest.mark.parametrize("method", ["DIMAT", "WM"])
+def test_a_module_under_two_names_is_merged_once_and_the_same(method):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.again = self.middle
+
+        def forward(self, x):
+            x = torch.relu(self.middle(torch.relu(self.first(x))))
+            return self.last(torch.relu(self.again(x)))
+
+    torch.manual_seed(0)
+    models = [Tied() for _ in range(2)]
+    for state in merge(models, [[0.5, 0.5], [0.5, 0.5]], method=method, batches=[torch.randn(50, 4)]):
+        assert torch.equal(state["middle.weight"], state["again.weight"])
+        models[0].load_state_dict(state)

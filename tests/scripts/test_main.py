@@ -1,5 +1,6 @@
 """main.py as a user runs it: it continues, refuses, counts its passes and really learns."""
 
+import contextlib
 import csv
 import random
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data.datasets import load_dataset
 from tests.helpers import process, script
@@ -60,6 +62,8 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
     matrix = np.loadtxt(uninterrupted / "accuracy_matrix/iteration_0004_merged.csv", delimiter=",", skiprows=1)
     assert matrix.shape == (4, 1 + 4 + 1)
     assert float(rows[-1]["test_accuracy"]) == pytest.approx(matrix[3, -1], abs=1e-3)
+    # 50 images of each agent in every local epoch
+    assert [row["samples"] for row in rows[::4]] == ["0", "0", "50", "50", "100", "100", "150", "150"]
     assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 4
 
 
@@ -101,6 +105,58 @@ def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tm
     assert "iterations 3 to 4 are dropped" in script("main", *command, "--merg_itr_init=2", cwd=home).stdout
     result = script("main", *command, "--merg_itr_init=9", cwd=home, check=False)
     assert result.returncode == 2 and "--merg_itr_init 9" in result.stderr
+
+
+def test_going_back_can_be_interrupted(uninterrupted, checkpoints, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[9], home)
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = script("main", *command, "--merg_itr_init=2", cwd=home, check=False)
+    assert stopped.returncode == 130 and "--resume" in stopped.stderr
+    resumed = script("main", *command, "--merg_itr_init=2", "--resume", cwd=home)
+    equal_runs(uninterrupted, folder_of(resumed, home))
+    # and once it is past iteration 2, resuming doesn't go back there
+    assert "finished before" in script("main", *command, "--merg_itr_init=2", "--resume", cwd=home).stdout
+
+
+def test_what_lies_beyond_the_last_commit_is_dropped(uninterrupted, checkpoints, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[9], home)
+    folder = home / uninterrupted.relative_to(uninterrupted.parents[9])
+    shutil.copy(folder / "states/iteration_0002.pt", folder / "state.pt")
+    (folder / "accuracy_matrix/iteration_0007_merged.csv").write_text("of a run that was killed")
+    equal_runs(uninterrupted, folder_of(script("main", *RUN, f"--ckp={checkpoints}", "--resume", cwd=home), home))
+
+
+def test_a_shorter_run_in_a_longer_ones_folder_changes_nothing(uninterrupted, checkpoints):
+    home, command = uninterrupted.parents[9], [*RUN, f"--ckp={checkpoints}", "--merg_itr=3"]
+    before = (uninterrupted / "config.yaml").read_bytes()
+    assert "finished before" in script("main", *command, cwd=home).stdout
+    assert "--merg_itr_init 3" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
+    for flag in ("--resume", "--merg_itr_init=1"):
+        assert "--overwrite" in script("main", *command, "--overwrite", flag, cwd=home, check=False).stderr
+    assert before == (uninterrupted / "config.yaml").read_bytes()
+
+
+def test_other_models_in_the_checkpoints_place_are_another_run(uninterrupted, checkpoints, tmp_path):
+    other = broken(checkpoints, tmp_path, lambda copy, state: state["conv1.weight"].mul_(2))
+    result = script("main", *RUN, f"--ckp={other}", cwd=uninterrupted.parents[9], check=False)
+    assert result.returncode == 2 and "initial_models" in result.stderr
+
+
+def test_options_without_effect_do_not_matter(checkpoints, tmp_path):
+    command = [*RUN, f"--ckp={checkpoints}", "--merg_itr=1", "--opt=NONE"]
+    script("main", *command, cwd=tmp_path)
+    assert "finished before" in script("main", *command, "--match_samples=5", cwd=tmp_path).stdout
+
+
+def test_random_models_learn_on_the_checkpoints_data(checkpoints, tmp_path):
+    command = [*RUN, "--merg_itr=1", "--opt=NONE", "--randominit=True", f"--ckp={checkpoints}"]
+    folder = folder_of(script("main", *command, cwd=tmp_path), tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["train_samples"], config["width_multiplier"]) == (200, 1)
 
 
 def test_two_processes_cannot_write_to_one_folder(uninterrupted, checkpoints):
@@ -163,7 +219,8 @@ def test_bad_checkpoints_are_named_before_work(checkpoints, tmp_path, change, wo
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--ckp=nowhere"], "nowhere"), (["--data_dist=non-iid"], "--data_dist"), (["--topology=ring"], "--exp"),
+    (["--ckp=nowhere"], "nowhere"), (["--dataset=mnist"], "--dataset mnist"), (["--model=vgg16"], "--model vgg16"),
+    (["--data_dist=non-iid"], "--data_dist"), (["--topology=ring"], "--exp"),
     (["--diffinit=True"], "--diffinit"), (["--results_dir=/proc/nowhere"], "/proc/nowhere")])
 def test_contradictions_are_named_before_work(checkpoints, tmp_path, flags, word):
     result = script("main", *RUN, f"--ckp={checkpoints}", *flags, cwd=tmp_path, check=False)
@@ -200,31 +257,40 @@ def test_dimat_learns_on_digits(tmp_path):
     assert len(final) == 5 and np.mean(final) > 90
 
 
-def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
-    """Every pass of a run, counted in images at the network's first layer."""
-    images = 0
+@contextlib.contextmanager
+def counted_images():
+    """A list that grows by the images that go through a network's first layer."""
+    images: list[int] = []
 
     def count(module, inputs):
-        nonlocal images
         if isinstance(module, torch.nn.Conv2d) and module.in_channels == 1:
-            images += len(inputs[0])
+            images.append(len(inputs[0]))
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
-        script("main", *RUN, f"--ckp={checkpoints}", "--merg_itr=2", "--bn_reset=both", cwd=tmp_path)
+        yield images
     finally:
         hook.remove()
+
+
+def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
+    """Every pass of a run, counted in images at the network's first layer."""
+    with counted_images() as images:
+        script("main", *RUN, f"--ckp={checkpoints}", "--merg_itr=2", "--bn_reset=both", cwd=tmp_path)
     agents, train, test = 4, 200, len(load_dataset("digits").test)
     merges = 2 * (2 * agents * train + agents * train)  # each agent's model twice, each merged one once
     evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
     traced = 2  # the example from which the permutation groups are derived
-    assert images == merges + evaluations + train + traced
+    assert sum(images) == merges + evaluations + train + traced
 
 
 def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
     flags = [flag for flag in RUN if not flag.startswith(("--exp", "--training"))]
     once = [*flags, "--exp=1", "--merg_itr=1", f"--ckp={checkpoints}"]
-    shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
+    with counted_images() as images:
+        shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
     assert len({(shared / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 1
+    # one evaluation of the shared model is every agent's, and the average's
+    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 2
     own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
     assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4

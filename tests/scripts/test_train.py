@@ -4,10 +4,17 @@ import csv
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from data.datasets import DATASETS, load_dataset
+from data.partition import PARTITIONS
+from models import MODELS
 from tests.helpers import TINY, process, script
+from train import LocalTrainer
+from utils.options import train_parser
 
 RUN = [*TINY, "--num_models=2", "--epochs=4"]
 
@@ -85,6 +92,48 @@ def test_errors_come_before_work_in_one_line(tmp_path, flags, word):
 def test_divergence_stops_with_the_agent_named(tmp_path):
     result = script("train", *RUN, "--optim=sgd", "--lr=1e30", cwd=tmp_path, check=False)
     assert result.returncode == 2 and "agent 0, epoch" in result.stderr
+
+
+def test_wrecked_models_are_not_kept(tmp_path):
+    """One step, after which nothing looks at the loss again."""
+    flags = ["--optim=sgd", "--lr=1e38", "--weight_decay=1e38", "--epochs=1", "--batch_size=1000"]
+    result = script("train", *RUN, *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "agent 0, epoch 1" in result.stderr
+    assert not list(tmp_path.glob("**/model_*.pth"))
+
+
+def test_a_deleted_model_is_trained_again(tmp_path):
+    folder = folder_of(script("train", *RUN, cwd=tmp_path), tmp_path)
+    before, table = (folder / "model_1.pth").read_bytes(), (folder / "model_accuracies.csv").read_text()
+    (folder / "model_1.pth").unlink()
+    out = script("train", *RUN, cwd=tmp_path).stdout
+    assert "agent 1 epoch 4/4" in out and "agent 0 epoch" not in out
+    assert (folder / "model_1.pth").read_bytes() == before
+    assert (folder / "model_accuracies.csv").read_text() == table
+
+
+def test_dropout_depends_on_the_seed_alone(tmp_path):
+    options = train_parser(DATASETS, MODELS, PARTITIONS).parse_args(["--train_samples=100"])
+    dataset = load_dataset("digits", train_samples=100)
+
+    def weights(seed_path) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+        trainer = LocalTrainer(model, dataset, options, torch.device("cpu"))
+        torch.rand(weights.calls)  # what came before must not matter
+        weights.calls += 1
+        trainer.epoch(np.arange(100), seed_path, *trainer.fresh_optimizer())
+        return model[2].weight
+
+    weights.calls = 1
+    assert torch.equal(weights((0, 1, "epoch")), weights((0, 1, "epoch")))
+    assert not torch.equal(weights((0, 1, "epoch")), weights((0, 2, "epoch")))
+
+
+def test_an_agent_that_batch_norm_cannot_be_trained_on_is_named(tmp_path):
+    flags = ["--dataset=digits", "--model=tv:resnet18", "--num_models=1", "--epochs=1", "--train_samples=20"]
+    result = script("train", *flags, "--batch_size=1", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "agent 0 (20 training images, --batch_size 1)" in result.stderr
 
 
 def test_other_options_in_the_same_folder_are_refused(tmp_path):

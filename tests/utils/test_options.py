@@ -54,6 +54,14 @@ def test_flags_override_the_config_file(tmp_path):
     assert (o.epochs, o.lr, o.training) == (7, 0.25, True)
 
 
+def test_a_topology_on_the_command_line_overrides_the_files_number(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("exp: 2\n")
+    assert main_options(f"--config={file}").exp == 2
+    o = main_options(f"--config={file}", "--topology=ring")
+    assert (o.exp, o.topology) == (None, "ring")
+
+
 @pytest.mark.parametrize("text", ["epoch: 7\n", "- 1\n", "epochs: [\n", "epochs: many\n"])
 def test_a_faulty_config_file_is_an_error(tmp_path, text):
     file = tmp_path / "c.yaml"
