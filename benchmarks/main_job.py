@@ -87,6 +87,8 @@ class Setting:
     topology: Topology
     width: int
     repeats: int
+    match_at: str
+    compile: bool
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +98,10 @@ class Setting:
         torch.manual_seed(seed)
         model = build_model("resnet20", self.dataset.num_classes, width_multiplier=self.width)
         return model.to(self.device, memory_format=layout or memory_format(self.device))
+
+    def fast(self, model: nn.Module) -> nn.Module:
+        """What trains the model: itself or, sharing its tensors, its compiled form."""
+        return torch.compile(model) if self.compile else model
 
     def augmented(self, indices: Tensor | None = None, agent: int = 0) -> Batches:
         def make_generator() -> torch.Generator:
@@ -117,7 +123,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def bare_training(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
     """An epoch of nothing but forward, backward and step."""
     model, batches = setting.model(layout=layout), setting.preloaded(layout)
-    optimizer = optimizer_of(model)
+    optimizer, model = optimizer_of(model), setting.fast(model)
 
     def job() -> None:
         model.train()
@@ -146,7 +152,7 @@ def bare_passes(setting: Setting, layout: torch.memory_format) -> Callable[[], N
 
 def local_epoch(setting: Setting) -> Callable[[], object]:
     model = setting.model()
-    optimizer = optimizer_of(model)
+    optimizer, model = optimizer_of(model), setting.fast(model)
     return lambda: train_epoch(model, setting.augmented(), optimizer)
 
 
@@ -154,7 +160,8 @@ def dimat_merge(setting: Setting) -> Callable[[], list[dict[str, Tensor]]]:
     states = [snapshot(setting.model(agent)) for agent in range(setting.topology.num_agents)]
     model = setting.model()
     return lambda: merging.merge(
-        states, setting.topology.pi, "DIMAT", setting.augmented(), model=model, bn_reset="both"
+        states, setting.topology.pi, "DIMAT", setting.augmented(), model=model, bn_reset="both",
+        match_at=setting.match_at,
     )
 
 
@@ -164,6 +171,7 @@ def whole_iteration(setting: Setting) -> Callable[[], None]:
     parts = torch.arange(len(setting.dataset.train.labels)).chunk(len(agents))
     tests = Batches(setting.dataset, setting.dataset.test, None, BATCH)
     merge, model = dimat_merge(setting), setting.model()
+    fast = setting.fast(model)
 
     def evaluate_all(states: list[dict[str, Tensor]]) -> None:
         for state in [*states, weighted_average(states, [1 / len(agents)] * len(agents))]:
@@ -176,7 +184,7 @@ def whole_iteration(setting: Setting) -> Callable[[], None]:
         trained = []
         for agent in agents:
             model.load_state_dict(merged[agent])
-            train_epoch(model, setting.augmented(parts[agent], agent), optimizer_of(model))
+            train_epoch(fast, setting.augmented(parts[agent], agent), optimizer_of(model))
             trained.append(snapshot(model))
         evaluate_all(trained)
 
@@ -208,6 +216,8 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=5, help="agents on the ring")
     parser.add_argument("--width_multiplier", type=int, default=1, help="width of ResNet-20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--match_at", choices=merging.MATCH_AT, default="all", help="where merges read features")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training loops of both sides")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--data_dir", default=None, help="take CIFAR-10 from this folder, not random images")
     keep_freed_memory()
@@ -220,9 +230,12 @@ def main() -> None:
         make_topology("ring", options.agents),
         options.width_multiplier,
         options.repeats,
+        options.match_at,
+        options.compile,
     )
     print(f"ResNet-20 width {setting.width}, {sizes[0]} + {sizes[1]} {dataset.name} images of 32x32, batch {BATCH}, "
-          f"ring of {options.agents}\n{setting.device}, {options.threads} threads, torch {torch.__version__}")
+          f"ring of {options.agents}, features at {setting.match_at}\n{setting.device}, {options.threads} threads"
+          f"{', training compiled' * setting.compile}, torch {torch.__version__}")
     print(f"{'medians':<36}{'ours (s)':>9}{'them (s)':>9}{'ratio':>8}{'bound':>8}   the other side")
     print(compare(setting, "a local epoch : bare training loop", 1.05, local_epoch, bare_training), flush=True)
     print(compare(setting, "a DIMAT merge : its forward passes", 1.2, dimat_merge, bare_passes), flush=True)

@@ -14,6 +14,7 @@ import yaml
 
 from data.datasets import load_dataset
 from tests.helpers import process, script
+from train import LocalTrainer
 from utils.files import claim
 from utils.topology import make_topology
 
@@ -282,6 +283,14 @@ def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
     evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
     traced = 2  # the example from which the permutation groups are derived
     assert sum(images) == merges + evaluations + train + traced
+
+
+def test_every_local_epoch_has_chances_of_its_own(checkpoints, tmp_path, monkeypatch):
+    paths, epoch = [], LocalTrainer.epoch
+    monkeypatch.setattr(LocalTrainer, "epoch", lambda self, part, path, *rest: paths.append(path) or epoch(
+        self, part, path, *rest))
+    script("main", *RUN, f"--ckp={checkpoints}", "--merg_itr=3", "--epochs=2", cwd=tmp_path)
+    assert len(set(paths)) == len(paths) == 2 * 4 * 2  # trained twice, four agents, two epochs
 
 
 def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
