@@ -81,8 +81,8 @@ def merge(
     local_batches: Sequence[Batches | None] | None = None,
     model: nn.Module | None = None,
     spec: PermutationSpec | None = None,
-    bn_reset: str = "after",
-    match_at: str = "last",
+    bn_reset: str = "both",
+    match_at: str = "all",
     match_memory: int | None = None,
 ) -> list[State]:
     """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).

@@ -95,7 +95,7 @@ def match_activations(
     edges: Iterable[Edge],
     batches: Batches,
     *,
-    at: str = "last",
+    at: str = "all",
     match_memory: int | None = None,
 ) -> dict[Edge, Permutations]:
     """Permutations between models from the correlation of their activations on the same images.

@@ -710,7 +710,7 @@ def read_units(x: Tensor, offset: int, units: int, repeat: int) -> Tensor:
     return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
 
 
-def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "last") -> nn.Module:
+def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "all") -> nn.Module:
     """A module whose forward(x) gives group -> list of features (rows, units), one row per sample and position.
 
     at: "last" reads a group once, at the input of the last layer that consumes it (after the activation; before a

@@ -159,8 +159,8 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--match_samples", type=number(int, 0), default=0,
                    help="a class-balanced sample of so many of them; 0 = all")
     _flag(g, "--match_augment", help="augment them, for all models alike")
-    g.add_argument("--match_at", choices=["last", "all"], default="last",
-                   help="read a group's features at the input of its last consumer, or summed over all of them")
+    g.add_argument("--match_at", choices=["last", "all"], default="all",
+                   help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
     g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
                    help="most memory for the correlation matrices; beyond it the edges are taken in blocks")
     g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",

@@ -230,7 +230,8 @@ def test_local_images_serve_their_agent_only(spec):
         merge(models, weights, local_batches=[images(0), Forbidden(), None], spec=spec, bn_reset="both")
     both = merge(models, weights, local_batches=[images(0), images(1), None], spec=spec, bn_reset="both")
     reset = [reestimate(net, net.state_dict(), images(i)) for i, net in enumerate(nets(2))]
-    expected = merge(reset, [[0.5, 0.5], [0, 1]], local_batches=[images(0), None], model=Net(), spec=spec)
+    expected = merge(reset, [[0.5, 0.5], [0, 1]], local_batches=[images(0), None], model=Net(), spec=spec,
+                     bn_reset="after")
     assert_same(both[0], expected[0], rtol=0, atol=0)
     assert_same(both[1], models[1].state_dict(), rtol=0, atol=0)
 
@@ -301,7 +302,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both"),
         ({"match_at": "first"}, "'first': choose from last, all"),
         ({"batches": None, "bn_reset": "none"}, "method='DIMAT'.*batches is None"),
-        ({"batches": None, "method": "WA"}, "bn_reset='after'.*batches is None"),
+        ({"batches": None, "method": "WA"}, "bn_reset='both'.*batches is None"),
         ({"batches": None, "local_batches": [[torch.ones(1)], None]}, r"local_batches\[1\] is None"),
         ({"batches": None, "local_batches": [[torch.ones(1)]]}, "got 1 for 2 agents"),
         ({"local_batches": [[], []]}, "not both"),

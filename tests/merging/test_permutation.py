@@ -449,7 +449,7 @@ def test_features_are_read_where_the_paper_reads_them():
     x = torch.randn(2, 3, 8, 8)
     model = Residual().eval()
     spec = derive_spec(model, x)
-    reader = feature_reader(model, spec)
+    reader = feature_reader(model, spec, "last")
     assert "fc" not in [str(node.target) for node in reader.graph.nodes]
     with torch.no_grad():
         features = reader(x)
@@ -470,14 +470,14 @@ def test_features_in_concatenations_in_runs_and_before_operations_in_place():
     x = torch.randn(2, 3, 8, 8)
     dense = Dense().eval()
     with torch.no_grad():
-        before_pool = feature_reader(dense, derive_spec(dense, x))(x)
+        before_pool = feature_reader(dense, derive_spec(dense, x), "last")(x)
         first = dense.first(x)
     # A ReLU in place stands between the pool and the flattening, so the pooled map (2 x 2) is read, after the ReLU.
     torch.testing.assert_close(before_pool["first"], [rows(F.relu(F.adaptive_avg_pool2d(first, 2)))])
 
     plain = Plain().eval()
     with torch.no_grad():
-        read = feature_reader(plain, derive_spec(plain, x))(x)
+        read = feature_reader(plain, derive_spec(plain, x), "last")(x)
         columns = nn.Sequential(*list(plain)[:10])(x)
     torch.testing.assert_close(read["4"], [rows(columns.unflatten(1, (7, 4)))])
 
