@@ -5,8 +5,10 @@ features over the matching images is largest, one linear assignment problem per 
 Git Re-Basin, section 3.1).
 """
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -160,15 +162,39 @@ def _correlations(
     names = [name for name, _ in (*reader.named_parameters(), *reader.named_buffers())]
     own = {agent: {name: states[agent][name] for name in names if name in states[agent]} for agent in agents}
     correlations: dict[str, list[Correlation]] = {}
-    for x in images_of(batches, device_of(states[agents[0]]), "matching"):
-        features = {agent: functional_call(reader, state, (x,)) for agent, state in own.items()}
-        for group in list(features[agents[0]]):
-            of_group = [features[agent].pop(group) for agent in agents]  # frees a group's features after its products
-            if group not in correlations:
-                correlations[group] = [Correlation(edges) for _ in of_group[0]]
-            for k, correlation in enumerate(correlations[group]):
-                correlation.update({agent: reads[k] for agent, reads in zip(agents, of_group, strict=True)})
+    device = device_of(states[agents[0]])
+    with _side_by_side(device) as run_all:
+        for x in images_of(batches, device, "matching"):
+            features = {agent: functional_call(reader, state, (x,)) for agent, state in own.items()}
+            updates = []
+            for group in list(features[agents[0]]):
+                of_group = [features[agent].pop(group) for agent in agents]
+                if group not in correlations:
+                    correlations[group] = [Correlation(edges) for _ in of_group[0]]
+                updates += [
+                    (correlation.update, dict(zip(agents, reads, strict=True)))
+                    for correlation, *reads in zip(correlations[group], *of_group, strict=True)
+                ]
+            run_all(updates)
     return correlations
+
+
+@contextlib.contextmanager
+def _side_by_side(device: torch.device) -> Iterator[Callable[[list[tuple[Callable, object]]], None]]:
+    """A function that runs (update, argument) pairs: on a CPU as many at a time as there are threads, one thread each.
+
+    The products are tall and narrow: on two cores, two threads that share each of them take between 1 and 2.5 times as
+    long as one thread alone, two that take one each half as long.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield lambda updates: [update(argument) for update, argument in updates]
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda updates: list(pool.map(lambda pair: pair[0](pair[1]), updates))
+    finally:
+        torch.set_num_threads(threads)  # new threads take the number that was set last
 
 
 def _assign(reads: list[Correlation], i: int, j: int, group: str) -> Tensor:

@@ -702,12 +702,25 @@ def _index(segment: Segment, offset: int, permutations: Permutations) -> Tensor:
 # Features
 
 
-def read_units(x: Tensor, offset: int, units: int, repeat: int) -> Tensor:
-    """Columns offset ... offset + units * repeat of dimension 1 of x as (rows, units); rows run over all the rest."""
+def read_units(x: Tensor, offset: int, units: int, repeat: int, copy: bool = True) -> Tensor:
+    """Columns offset ... offset + units * repeat of dimension 1 of x as (rows, units); rows run over all the rest.
+
+    copy: the rows never share x's memory (which a channels-last x would allow).
+    """
     x = x.narrow(1, offset, units * repeat).unflatten(1, (units, repeat)).movedim(1, -1)
     rows = x.reshape(-1, units)
-    # A later operation in place must not change what was read.
-    return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
+    return rows.clone() if copy and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
+
+
+def _may_write_in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node of a derivable graph may change its input: by its name, or by an argument `inplace`."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    name = getattr(node.target, "__name__", str(node.target))
+    return (
+        name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv")  # of operator
+        or any(argument is True for argument in (*node.args, *node.kwargs.values()))  # inplace, by position or by name
+    )
 
 
 def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "all") -> nn.Module:
@@ -724,12 +737,14 @@ def feature_reader(model: nn.Module, spec: PermutationSpec, at: str = "all") -> 
     model = copy.deepcopy(model).eval()
     graph = _trace(model)
     nodes = {node.name: node for node in graph.nodes}
+    # What is read must not be changed by a later operation.
+    copy_rows = any(_may_write_in_place(model, node) for node in graph.nodes)
     features: dict[str, list[fx.Node]] = {}
     for group, reads in spec.reads.items():
         features[group] = []
         for read in reads[-1:] if at == "last" else reads:
             with graph.inserting_before(nodes[read.node]):
-                args = (nodes[read.source], read.offset, spec.sizes[group], read.repeat)
+                args = (nodes[read.source], read.offset, spec.sizes[group], read.repeat, copy_rows)
                 features[group].append(graph.call_function(read_units, args))
     wanted = {node for group in features.values() for node in group}
     for node in reversed(list(graph.nodes)):

@@ -1,5 +1,7 @@
 """Activation matching against numpy and scipy, and the cost of it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,20 @@ def test_one_product_per_edge_and_batch(spec, monkeypatch):
     match_activations(spec, net(0), states, [(0, 1), (1, 0), (1, 2), (0, 0)], images())
     reads = sum(len(spec.reads[group]) for group in spec.sizes)
     assert reads > len(spec.sizes) and updates == [2] * (reads * len(images()))
+
+
+def test_threads_change_neither_the_matches_nor_later_threads(spec):
+    states, edges = [net(seed).state_dict() for seed in range(3)], [(0, 1), (1, 2)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(match_activations(spec, net(0), states, edges, images()))
+            with ThreadPoolExecutor(1) as pool:
+                assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][edge][g], found[1][edge][g]) for edge in found[0] for g in spec.sizes)
 
 
 def test_the_model_is_left_alone(spec):

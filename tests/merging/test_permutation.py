@@ -505,16 +505,33 @@ def test_features_in_concatenations_in_runs_and_before_operations_in_place():
     assert [r.node for r in spec.reads["conv1"]] == ["conv3", "conv4"]
     torch.testing.assert_close(read, [2 * after, -3 * after])
 
-    class ChangedLater(InPlace):
+
+
+CHANGES_IN_PLACE = {
+    "method": lambda x: x.relu_(),
+    "module": nn.ReLU(inplace=True),
+    "keyword": lambda x: F.relu(x, inplace=True),
+    "position": lambda x: F.relu(x, True),
+    "function": lambda x: torch.relu_(x),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES_IN_PLACE)
+def test_what_was_read_stays_when_the_tensor_is_changed_in_place(kind):
+    class ChangedLater(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.change = CHANGES_IN_PLACE[kind]
+
         def forward(self, x):
             x = self.conv1(x)
             y = self.conv2(x)
-            x.relu_()
-            return y + self.conv3(x * 2) + self.conv4(x + 1)
+            return y + self.conv3(self.change(x) + 1)
 
-    model = ChangedLater()
+    model, x = ChangedLater(), torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        read = feature_reader(model, derive_spec(model, x), "all")(channels_last)["conv1"]
+        read = feature_reader(model, derive_spec(model, x), "all")(x)["conv1"]
         torch.testing.assert_close(read[0], rows(model.conv1(x)))
 
 
