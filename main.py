@@ -29,7 +29,7 @@ from utils.files import circumstances
 from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse, pick_device
 from utils.progress import progress
-from utils.results import RunFolder, run_folder
+from utils.results import RunFolder, consensus_distance, record_agents, run_folder
 from utils.seeds import generator
 from utils.topology import EXPS, TOPOLOGIES, Topology, make_topology
 
@@ -122,35 +122,17 @@ class Fleet:
         return [size * int(np.count_nonzero(np.delete(row, i))) for i, row in enumerate(self.weights)]
 
 
-def consensus_distance(fleet: Fleet, states: list[State]) -> float:
-    """Root of the mean squared distance of the agents' parameters to their average (no buffers)."""
-    total = 0.0
-    for name, _ in fleet.trainer.model.named_parameters():
-        tensors = torch.stack([state[name].float() for state in states])
-        total += float((tensors - tensors.mean(0)).square().sum()) / len(states)
-    return math.sqrt(total)
-
-
 def record(folder: RunFolder, fleet: Fleet, iteration: int, phase: str, states: list[State], began: float,
            stats: list[training.EpochStats] | None = None) -> None:
-    """Evaluate all models, write the figures down, and say them in one line."""
+    """Evaluate all models and their average, and write the figures down."""
     n = fleet.o.num_models
     average = states[0] if all(s is states[0] for s in states) else weighted_average(states, [1 / n] * n)
     *evaluations, of_average = fleet.evaluate([*states, average])
-    matrix = np.array([[e.accuracy(part) for part in fleet.test_parts] + [e.accuracy()] for e in evaluations])
-    distance = consensus_distance(fleet, states)
+    names = [name for name, _ in fleet.trainer.model.named_parameters()]
     sent = fleet.bytes_exchanged() if phase == "merged" else [0] * n
-    seconds = time.perf_counter() - began
-    folder.record(iteration, phase, [{
-        "agent": i, "test_accuracy": e.accuracy(), "test_loss": e.loss,
-        "train_accuracy": stats[i].accuracy if stats else "", "train_loss": stats[i].loss if stats else "",
-        "consensus_distance": distance, "average_model_accuracy": of_average.accuracy(),
-        "samples": fleet.samples[i], "steps": fleet.steps[i], "seconds": round(seconds, 3),
-        "bytes_sent": sent[i], "bytes_received": sent[i]} for i, e in enumerate(evaluations)], matrix)
-    accuracy = matrix[:, -1]
-    print(f"iteration {iteration:>3} {phase:<7}: test accuracy {accuracy.mean():6.2f} % "
-          f"({accuracy.min():.2f} to {accuracy.max():.2f}), consensus distance {distance:.3f}, {seconds:.1f} s",
-          flush=True)
+    record_agents(folder, iteration, phase, evaluations, of_average, fleet.test_parts, began, stats,
+                  consensus_distance=consensus_distance(states, names), samples=fleet.samples, steps=fleet.steps,
+                  bytes_sent=sent, bytes_received=sent)
 
 
 def merge_and_train(fleet: Fleet, folder: RunFolder, finished: int, phase: str) -> None:
@@ -223,17 +205,11 @@ def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
     return ckp, made_with, loaded
 
 
-def options_that_matter(o: Namespace, made_with: dict) -> dict:
-    """What changes this run's results and is not a level of its path already; None where it has no say."""
-    matches, merges = o.opt == "DIMAT", o.opt != ALONE
-    return vars(o) | {
+def start_that_matters(o: Namespace, made_with: dict) -> dict:
+    """What of the data and of the first models changes a run's results and is not a level of its path already."""
+    return {
         "partition_seed": o.partition_seed if o.partition_seed != o.seed else None,
         "phase": o.phase if o.data_dist == "non-iid-PF" and o.phase != "finetune" else None,
-        "match_data": o.match_data if merges and (matches or o.bn_reset != "none") else None,
-        "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
-        "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
-        "match_at": o.match_at if matches else None,
-        "bn_reset": o.bn_reset if merges else None,
     } | ({} if o.randominit else {
         "pretrain_epochs": made_with.get("epochs"),
         "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
@@ -241,9 +217,23 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
     })
 
 
+def options_that_matter(o: Namespace, made_with: dict) -> dict:
+    """What changes this run's results and is not a level of its path already; None where it has no say."""
+    matches, merges = o.opt == "DIMAT", o.opt != ALONE
+    return vars(o) | {
+        "match_data": o.match_data if merges and (matches or o.bn_reset != "none") else None,
+        "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
+        "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
+        "match_at": o.match_at if matches else None,
+        "bn_reset": o.bn_reset if merges else None,
+    } | start_that_matters(o, made_with)
+
+
 def run(o: Namespace, command: str) -> Path:
     ckp, made_with, loaded = settle_options(o)
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    if topology.directed:
+        raise ValueError(f"--topology {o.topology} has one-way edges: agents that merge need them both ways")
     if not topology.is_connected and o.topology != "disconnected":
         print(f"note: --topology {o.topology} is not connected: its parts never hear of each other")
     device = pick_device(o.device)

@@ -51,7 +51,7 @@ def fill_defaults(options: Namespace) -> None:
 
 def load_agents_data(o: Namespace, device: torch.device) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
     """The data set on `device` and the indices of every agent's training and test images."""
-    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout)
+    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout, o.test_samples)
     seed = o.seed if o.partition_seed is None else o.partition_seed
     train_parts, test_parts = make_partition(
         o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import merging
 from data.batches import Batches
-from data.datasets import Dataset, ImageSet, class_balanced, load_dataset
+from data.datasets import Dataset, ImageSet, load_dataset
 from merging.averaging import weighted_average
 from models import build_model
 from utils.memory import keep_freed_memory
@@ -53,10 +53,7 @@ def random_images(train: int, test: int) -> Dataset:
 
 def cifar10(data_dir: str, train: int, test: int) -> Dataset:
     """Class-balanced slices of CIFAR-10."""
-    full = load_dataset("cifar10", data_dir, train_samples=train)
-    chosen = torch.as_tensor(class_balanced(full.test.labels.numpy(), test, 0))
-    sliced = ImageSet(full.test.images[chosen], full.test.labels[chosen])
-    return Dataset(full.name, full.train, sliced, full.num_classes, full.mean, full.std, full.flip, full.padding)
+    return load_dataset("cifar10", data_dir, train_samples=train, test_samples=test)
 
 
 def seconds(job: Callable[[], object], device: torch.device) -> float:

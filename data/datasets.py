@@ -93,6 +93,7 @@ def load_dataset(
     imgntdir: str | os.PathLike | None = None,
     train_samples: int = 0,
     holdout: int = 0,
+    test_samples: int = 0,
     download: bool = True,
 ) -> Dataset:
     """Load a data set by its name in `DATASETS`.
@@ -100,8 +101,8 @@ def load_dataset(
     imgntdir: the folder of a data set in Tiny ImageNet's layout (default `<data_dir>/tiny-imagenet-200`).
     train_samples: take only that many training images, the first of every class (0: all of them); a smaller slice is
     part of a larger one. holdout: that many training images, the last of every class, are kept from training and take
-    the test set's place: what is chosen on them has not seen the test set. download: whether a data set that is absent
-    may be downloaded.
+    the test set's place: what is chosen on them has not seen the test set. test_samples: like train_samples, for the
+    test images. download: whether a data set that is absent may be downloaded.
     Raises ValueError for an unknown name or a negative count, FileNotFoundError that says where to put what when the
     data is not to be had.
     """
@@ -110,9 +111,11 @@ def load_dataset(
     dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
     if holdout:
         dataset = _hold_out(dataset, holdout)
-    if train_samples == 0:
-        return dataset
-    return replace(dataset, train=_take(dataset.train, class_balanced(dataset.train.labels.numpy(), train_samples)))
+    for part, n in (("train", train_samples), ("test", test_samples)):
+        if n:
+            images = getattr(dataset, part)
+            dataset = replace(dataset, **{part: _take(images, class_balanced(images.labels.numpy(), n))})
+    return dataset
 
 
 def _hold_out(dataset: Dataset, n: int) -> Dataset:

@@ -18,11 +18,15 @@ from filelock import FileLock, Timeout
 # Options that change results, with the paper's values. A path names those that differ from this table; it is frozen,
 # so that a later change of a default never makes an old folder mean something else.
 REFERENCE = {
-    "width_multiplier": 8, "train_samples": 0, "holdout": 0, "alpha": None, "partition_seed": None, "phase": None,
-    "imgntdir": "tiny-imagenet-200",
+    "width_multiplier": 8, "train_samples": 0, "test_samples": 0, "holdout": 0, "alpha": None, "partition_seed": None,
+    "phase": None, "imgntdir": "tiny-imagenet-200",
     "batch_size": 100, "optim": "adam", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "amp": "none",
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
+}
+BASELINE_REFERENCE = REFERENCE | {
+    "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",
+    "cga_scope": "model",
 }
 SHORT = {"width_multiplier": "width"}
 
@@ -33,13 +37,13 @@ def circumstances(command: str) -> dict[str, Any]:
     return {"command": command, "versions": versions, "num_threads": torch.get_num_threads()}
 
 
-def variant(options: dict[str, Any]) -> str:
-    """'width=1,alpha=0.5' for the options that differ from REFERENCE; '' if none does."""
+def variant(options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> str:
+    """'width=1,alpha=0.5' for the options that differ from the reference table; '' if none does."""
     if options.get("imgntdir"):  # the folder's name says which data set it is, not where it lies
         options = options | {"imgntdir": Path(options["imgntdir"]).resolve().name}
     return ",".join(
         f"{SHORT.get(key, key)}={options[key]}"
-        for key, usual in REFERENCE.items() if key in options and options[key] not in (None, usual)
+        for key, usual in reference.items() if key in options and options[key] not in (None, usual)
     )
 
 

@@ -78,6 +78,8 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
                    help="which half of the data --data_dist=non-iid-PF deals")
     g.add_argument("--train_samples", type=number(int, 0), default=None,
                    help="use only a class-balanced slice of the training images; 0 = all" + said % "0")
+    g.add_argument("--test_samples", type=number(int, 0), default=0,
+                   help="evaluate on a class-balanced slice of the test images only; 0 = all")
     g.add_argument("--holdout", type=number(int, 0), default=None, metavar="N",
                    help="keep N training images from training and evaluate on them instead of the test set, to choose "
                         "settings by" + said % "0")
@@ -129,6 +131,21 @@ def train_parser(datasets: Iterable[str], models: Iterable[str], partitions: Ite
     return p
 
 
+def topology_options(g, topologies: Iterable[str], exps: dict[int, str]) -> None:
+    g.add_argument("--exp", type=int, choices=sorted(exps), default=None,
+                   help="topology by number: " + ", ".join(f"{k} {v}" for k, v in exps.items()))
+    g.add_argument("--topology", default=None, metavar="NAME|FILE.json",
+                   help=f"{', '.join(topologies)} or a JSON file with connectivity and pi (default: fully_connected)")
+
+
+def start_options(g) -> None:
+    """Where the agents begin."""
+    g.add_argument("--ckp", default=None, metavar="DIR", help="folder of the agents' checkpoints, made by train.py")
+    _flag(g, "--randominit", help="start from random models instead of --ckp")
+    _flag(g, "--diffinit", help="with --randominit: a different random model for every agent")
+    g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
+
+
 def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
                 topologies: Iterable[str], exps: dict[int, str]) -> argparse.ArgumentParser:
     p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.",
@@ -137,18 +154,12 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g = p.add_argument_group("algorithm")
     g.add_argument("--opt", choices=list(methods), default="DIMAT",
                    help="DIMAT: activation matching; WM: weight matching; WA: plain averaging; NONE: agents alone")
-    g.add_argument("--exp", type=int, choices=sorted(exps), default=None,
-                   help="topology by number: " + ", ".join(f"{k} {v}" for k, v in exps.items()))
-    g.add_argument("--topology", default=None, metavar="NAME|FILE.json",
-                   help=f"{', '.join(topologies)} or a JSON file with connectivity and pi (default: fully_connected)")
+    topology_options(g, topologies, exps)
     g.add_argument("--merg_itr", type=number(int, 1), default=100, help="merge iterations in all")
     g.add_argument("--merg_itr_init", type=number(int, 0), default=0,
                    help="start after this many iterations: the last finished one, or one kept by --keep all")
     _flag(g, "--training", help="train locally after each merge but the last")
-    g.add_argument("--ckp", default=None, metavar="DIR", help="folder of the agents' checkpoints, made by train.py")
-    _flag(g, "--randominit", help="start from random models instead of --ckp")
-    _flag(g, "--diffinit", help="with --randominit: a different random model for every agent")
-    g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
+    start_options(g)
     data_options(p, datasets, partitions, inherit=True)
     model_options(p, models, inherit=True)
     training_options(p, 2, "local epochs of an iteration", ["--optim"])
@@ -170,6 +181,52 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     _flag(g, "--resume", help="continue an interrupted run")
     g.add_argument("--keep", choices=["last", "all"], default="last",
                    help="keep the state of the last iteration, or of each (for --merg_itr_init)")
+    machine_options(p)
+    return p
+
+
+def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str],
+                      methods: Iterable[str], topologies: Iterable[str], exps: dict[int, str],
+                      cga_forms: Sequence[str], cga_scopes: Sequence[str],
+                      backends: Sequence[str]) -> argparse.ArgumentParser:
+    p = parser("base_lines", "Train the agents with a gradient-based method that mixes their models in every step.\n"
+                             "All agents in this process or, under torchrun, each in a process of its own; the figures "
+                             "are the same.",
+               "torchrun --standalone --nproc_per_node=5 base_lines.py --dataset=digits --num_models=5 --opt=CDSGD "
+               "--exp=2 --randominit=True --epochs=10")
+    g = p.add_argument_group("algorithm")
+    g.add_argument("--opt", choices=list(methods), default="CDSGD",
+                   help="CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: "
+                        "stochastic gradient push; CGA: cross-gradient aggregation")
+    topology_options(g, topologies, exps)
+    g.add_argument("--cga_form", choices=cga_forms, default="paper",
+                   help="CGA's projection and momentum: the paper's, or the published code's (rows weighted by pi, "
+                        "margin 0.5, Nesterov-like)")
+    g.add_argument("--cga_scope", choices=cga_scopes, default=None,
+                   help="CGA projects the whole gradient or each tensor's (default: model; authors' form: tensor)")
+    _flag(g, "--mix_buffers", default=True, help="mix BatchNorm's statistics like the parameters")
+    start_options(g)
+    data_options(p, datasets, partitions, inherit=True)
+    model_options(p, models, inherit=True)
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=number(int, 1), default=200, help="epochs in all")
+    g.add_argument("--num_epochs", type=number(int, 1), default=2, metavar="E", help="epochs between two evaluations")
+    g.add_argument("--batch_size", type=number(int, 1), default=100, help="images of an agent in a step")
+    g.add_argument("--lr", type=number(float, 0, strict=True), default=0.01, help="learning rate of the first epoch")
+    g.add_argument("--lr_decay", type=number(float, 0, strict=True), default=0.981,
+                   help="what the learning rate is multiplied with after each epoch")
+    g.add_argument("--momentum", type=number(float, 0, 1), default=None,
+                   help="momentum of CDMSGD and CGA (default: 0.9)")
+    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
+    g = p.add_argument_group("run")
+    g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
+    g = p.add_argument_group("processes")
+    g.add_argument("--backend", choices=backends, default="auto",
+                   help="what carries the messages: nccl where every agent has a GPU of its own, else gloo")
+    g.add_argument("--timeout", type=number(float, 0, strict=True), default=300.0, metavar="SECONDS",
+                   help="how long to wait for a neighbour before giving up")
+    g.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     machine_options(p)
     return p
 

@@ -7,32 +7,40 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from utils.files import claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
+from utils.files import REFERENCE, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
+from utils.training import EpochStats, Evaluation
 
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
            "bytes_received")
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
-        "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions"}
+        "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
+        "local_rank", "processes"}
 
 
-def run_folder(o: dict[str, Any], method_options: dict[str, Any]) -> Path:
-    """results/<dataset>/<model>/<data_dist>/<init>/<opt>/<topology>_<N>/epochs_<E>/<variant>/seed_<seed>."""
+def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:
+    """results/<dataset>/<model>/<data_dist>/<init>/<opt>/<topology>_<N>/epochs_<E>/<variant>/seed_<seed>.
+
+    The variant names what differs from `reference` in `method_options`.
+    """
     init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
     topology = Path(o["topology"]).stem
     return Path(o["results_dir"]).joinpath(
         o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
-        f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options) or "default",
+        f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options, reference) or "default",
         f"seed_{o['seed']}")
 
 
@@ -70,7 +78,7 @@ class RunFolder:
         if not old:
             save_yaml(path / "config.yaml", config)
         elif old["merg_itr"] < config["merg_itr"]:
-            save_yaml(path / "config.yaml", old | {"merg_itr": config["merg_itr"]})
+            save_yaml(path / "config.yaml", old | {key: config[key] for key in ("merg_itr", "epochs")})
 
     def __enter__(self) -> RunFolder:
         return self
@@ -144,3 +152,35 @@ class RunFolder:
         if keep:
             save_tensors(self.path / "states" / f"iteration_{state['iteration']:04d}.pt", state)
         save_tensors(self.path / "state.pt", state)
+
+
+def consensus_distance(states: Sequence[dict[str, Tensor]], parameters: Iterable[str]) -> float:
+    """Root of the mean squared distance of the agents' `parameters` (names; buffers don't count) to their average."""
+    total = 0.0
+    for name in parameters:
+        tensors = torch.stack([state[name].float() for state in states])
+        total += float((tensors - tensors.mean(0)).square().sum()) / len(states)
+    return math.sqrt(total)
+
+
+def record_agents(folder: RunFolder, iteration: int, phase: str, evaluations: Sequence[Evaluation],
+                  of_average: Evaluation, test_parts: Sequence[np.ndarray], began: float,
+                  stats: Sequence[EpochStats] | None, *, consensus_distance: float, **per_agent: Sequence[Any]) -> None:
+    """Write a phase's figures down, and say them in one line.
+
+    evaluations: each agent's on the whole test set, of_average: of the plain average of all models; test_parts: the
+    test images that go with each agent's data; began: `time.perf_counter()` at the phase's start; stats: of the last
+    local epoch, if there was one; per_agent: further columns of metrics.csv, one value for each agent.
+    """
+    matrix = np.array([[e.accuracy(part) for part in test_parts] + [e.accuracy()] for e in evaluations])
+    seconds = time.perf_counter() - began
+    folder.record(iteration, phase, [{
+        "agent": i, "test_accuracy": e.accuracy(), "test_loss": e.loss,
+        "train_accuracy": stats[i].accuracy if stats else "", "train_loss": stats[i].loss if stats else "",
+        "consensus_distance": consensus_distance, "average_model_accuracy": of_average.accuracy(),
+        "seconds": round(seconds, 3), **{key: values[i] for key, values in per_agent.items()},
+    } for i, e in enumerate(evaluations)], matrix)
+    accuracy = matrix[:, -1]
+    print(f"iteration {iteration:>3} {phase:<7}: test accuracy {accuracy.mean():6.2f} % "
+          f"({accuracy.min():.2f} to {accuracy.max():.2f}), consensus distance {consensus_distance:.3f}, "
+          f"{seconds:.1f} s", flush=True)

@@ -1,4 +1,8 @@
-"""Who talks to whom, and with which weights: undirected graphs and their doubly stochastic mixing matrices."""
+"""Who talks to whom, and with which weights.
+
+Undirected graphs with doubly stochastic mixing matrices, for every method; one-way graphs with column-stochastic ones,
+for those that can do with them.
+"""
 
 import json
 import math
@@ -18,15 +22,19 @@ TOLERANCE = 1e-6  # of the row and column sums of a mixing matrix read from a fi
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """An undirected graph over N agents and its mixing matrix.
+    """A graph over N agents and its mixing matrix.
 
-    connectivity: (N, N) bool, symmetric, no self loops. pi: (N, N) float64, doubly stochastic, and off the
-    diagonal positive exactly on the edges; `pi[i, j]` is the weight of agent j's model in agent i's merge.
+    connectivity: (N, N) bool, no self loops; `connectivity[i, j]`: agent i hears from j; symmetric unless `directed`.
+    pi: (N, N) float64, doubly stochastic (directed: its columns sum to 1), and off the diagonal positive exactly on the
+    edges; `pi[i, j]` is the weight of agent j's model in agent i's merge.
+    schedule: of a graph that changes from step to step, the matrices that take turns; `pi` is their mean then.
     """
 
     name: str
     connectivity: np.ndarray
     pi: np.ndarray
+    directed: bool = False
+    schedule: tuple[np.ndarray, ...] = ()
 
     @property
     def num_agents(self) -> int:
@@ -36,6 +44,10 @@ class Topology:
         """The agents tied to `agent`, ascending, itself not among them."""
         return np.flatnonzero(self.connectivity[agent]).tolist()
 
+    def weights(self, step: int) -> np.ndarray:
+        """(N, N): the mixing matrix of step 0, 1, 2, ..."""
+        return self.schedule[step % len(self.schedule)] if self.schedule else self.pi
+
     @property
     def second_eigenvalue(self) -> float:
         """Second-largest absolute eigenvalue of pi: 0 averages in one step, 1 never agrees. 0 for a single agent."""
@@ -44,8 +56,8 @@ class Topology:
 
     @property
     def is_connected(self) -> bool:
-        """Whether every agent can be reached from every other."""
-        return connected_components(self.connectivity, directed=False, return_labels=False) == 1
+        """Whether every agent can be reached from every other, on one-way edges in their direction."""
+        return connected_components(self.connectivity, connection="strong", return_labels=False) == 1
 
     def to_json(self) -> str:
         """The text of a file that `make_topology` reads back to an equal topology."""
@@ -56,6 +68,7 @@ class Topology:
                 "connectivity": self.connectivity.astype(int).tolist(),
                 "pi": self.pi.tolist(),
             }
+            | ({"directed": True} if self.directed else {})
         )
 
 
@@ -176,27 +189,78 @@ def random(num_agents: int, seed: int) -> np.ndarray:
             return connectivity
 
 
+# One-way graphs
+
+DIRECTED: dict[str, Callable[[int, int], Topology]] = {}
+
+
+def push_weights(connectivity: np.ndarray) -> np.ndarray:
+    """Column-stochastic weights for any graph: everyone splits what it has equally over itself and its receivers.
+
+    connectivity: (N, N) bool, [i, j]: i hears from j. No agent needs to know more than how many it sends to.
+    """
+    edges = connectivity | np.eye(len(connectivity), dtype=bool)
+    return edges / edges.sum(axis=0)
+
+
+def register_directed(name: str) -> Callable[[Callable[[int], list[int]]], Callable[[int], list[int]]]:
+    """Decorator: as `name`, every agent sends to the one that is `hop` further on the circle, for every hop at once.
+
+    For a name that starts with `one_peer_`, for one hop after the other, step by step.
+    """
+
+    def register(hops: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
+        def make(num_agents: int, seed: int) -> Topology:
+            here = np.eye(num_agents, dtype=bool)
+            edges = [np.roll(here, hop, axis=0) & ~here for hop in hops(num_agents)] or [~here & here]
+            union = np.logical_or.reduce(edges)
+            if not name.startswith("one_peer_"):
+                return Topology(name, union, push_weights(union), directed=True)
+            schedule = tuple(map(push_weights, edges))
+            return Topology(name, union, np.mean(schedule, axis=0), directed=True, schedule=schedule)
+
+        DIRECTED[name] = make
+        return hops
+
+    return register
+
+
+@register_directed("directed_ring")
+def directed_ring(num_agents: int) -> list[int]:
+    """Everyone sends to the next one on the circle."""
+    return [1]
+
+
+@register_directed("directed_exponential")
+@register_directed("one_peer_exponential")
+def directed_exponential(num_agents: int) -> list[int]:
+    """Hops of 1, 2, 4, ...: log2(N) receivers, or one receiver at a time (Assran et al. 2019, appendix A)."""
+    return [2**k for k in range((num_agents - 1).bit_length())]
+
+
 # The numbers that `--exp` takes
 EXPS = {1: "fully_connected", 2: "ring", 3: "bipartite", 4: "disconnected"}
 
 
 def make_topology(name: str | Path, num_agents: int, seed: int = 0) -> Topology:
-    """The topology `name`, one of `TOPOLOGIES` or a JSON file, over `num_agents` >= 1 agents; `seed` is for `random`.
+    """The topology `name`, of `TOPOLOGIES`, `DIRECTED` or a JSON file, over `num_agents` >= 1 agents.
 
-    A file holds `num_agents`, `connectivity` ((N, N) of 0 and 1, the diagonal is ignored) and as a rule `pi` ((N, N)
-    weights, Metropolis-Hastings ones if absent) and `graph_type` (a name). A graph that isn't connected is accepted;
-    `Topology.is_connected` says so.
+    `seed` is for `random`. A file holds `num_agents`, `connectivity` ((N, N) of 0 and 1, the diagonal is ignored) and
+    as a rule `pi` ((N, N) weights; if absent, Metropolis-Hastings ones) and `graph_type` (a name). With
+    `"directed": true` connectivity[i][j] = 1 says that i hears from j, and pi's columns alone must sum to 1 (if absent,
+    everyone shares out equally). A graph that isn't connected is accepted; `Topology.is_connected` says so.
 
     Raises ValueError for an unknown name (choices listed), for fewer than 1 agent and for a file that is not such a
     topology over `num_agents` agents; FileNotFoundError if there is no such file.
     """
     if num_agents < 1:
         raise ValueError(f"a topology needs at least 1 agent, not {num_agents}")
-    if str(name) in TOPOLOGIES:
-        return TOPOLOGIES[str(name)](num_agents, seed)
+    known = TOPOLOGIES | DIRECTED
+    if str(name) in known:
+        return known[str(name)](num_agents, seed)
     if Path(name).suffix == ".json":
         return _load(Path(name), num_agents)
-    raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(TOPOLOGIES)}, or a .json file")
+    raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(known)}, or a .json file")
 
 
 def _load(path: Path, num_agents: int) -> Topology:
@@ -219,24 +283,28 @@ def _parse(content: Any, default_name: str, num_agents: int) -> Topology:
     if not np.isin(given, (0, 1)).all():
         raise ValueError("connectivity has entries other than 0 and 1")
     connectivity = (given == 1) & ~np.eye(num_agents, dtype=bool)
-    _check(connectivity == connectivity.T, "connectivity is not symmetric: it has the edge ({i}, {j}) one way only")
+    directed = content.get("directed", False) is True
+    if not directed:
+        _check(connectivity == connectivity.T, "connectivity is not symmetric: it has the edge ({i}, {j}) one way only")
 
     if content.get("pi") is None:
-        pi = metropolis_hastings(connectivity)
+        pi = push_weights(connectivity) if directed else metropolis_hastings(connectivity)
     else:
         pi = _matrix(content["pi"], "pi", num_agents)
         _check(pi >= 0, "pi[{i}][{j}] is negative")
         positive = pi > 0
-        _check(positive == positive.T, "pi has no symmetric support: only one of ({i}, {j}) and ({j}, {i}) is positive")
+        if not directed:
+            _check(positive == positive.T,
+                   "pi has no symmetric support: only one of ({i}, {j}) and ({j}, {i}) is positive")
         itself = np.eye(num_agents, dtype=bool)
         _check(connectivity | itself | ~positive, "pi[{i}][{j}] is positive, but connectivity has no such edge")
         _check(positive | ~connectivity, "pi[{i}][{j}] is 0, but connectivity has this edge")
-        for what, axis in (("row", 1), ("column", 0)):
+        for what, axis in (("row", 1), ("column", 0))[directed:]:
             sums = pi.sum(axis=axis)
             worst = int(np.abs(sums - 1).argmax())
             if abs(sums[worst] - 1) > TOLERANCE:
                 raise ValueError(f"pi's {what} {worst} sums to {sums[worst]:.6g}, not to 1")
-    return Topology(str(content.get("graph_type", default_name)), connectivity, pi)
+    return Topology(str(content.get("graph_type", default_name)), connectivity, pi, directed)
 
 
 def _matrix(values: Any, what: str, size: int) -> np.ndarray:

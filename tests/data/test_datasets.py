@@ -97,6 +97,8 @@ def test_train_samples_takes_a_balanced_slice_of_the_training_images_only(tmp_pa
     with pytest.raises(ValueError, match="hold out"):
         load_dataset("digits", tmp_path, holdout=len(whole.train))
     assert len(load_dataset("digits", tmp_path, train_samples=10**6).train) == len(whole.train)
+    few = load_dataset("digits", tmp_path, test_samples=40)
+    assert len(few.train) == len(whole.train) and few.test.labels.bincount().tolist() == [4] * 10
 
 
 def test_a_data_set_moves_as_a_whole(tmp_path):

@@ -1,0 +1,20 @@
+"""The update rules of the baselines: what an agent does in one step, each a generator that reads like its pseudocode.
+
+A step yields what the agent sends (a `Mail`) and goes on with what arrives; who carries it, a dictionary in one process
+or messages between many, is the network's business:
+
+    @register_baseline("CDSGD")
+    def cdsgd(agent, hood, s):
+        arriving = yield hood.send(agent.shared)
+        g = agent.gradient()
+        hood.mix(agent.shared, arriving.wait())
+        agent.parameters.sub_(g, alpha=s.lr)
+"""
+
+from optimizers import cdsgd, cga, sgp  # noqa: F401  (each registers its steps)
+from optimizers.agent import Agent, FlatModel
+from optimizers.registry import BASELINES, Neighbourhood, Settings, neighbourhood, register_baseline, take_step
+
+__all__ = [
+    "BASELINES", "Agent", "FlatModel", "Neighbourhood", "Settings", "neighbourhood", "register_baseline", "take_step",
+]

@@ -1,0 +1,140 @@
+"""An agent of a gradient-based method: its model as one flat vector, its batches, and what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.seeds import generator
+from utils.training import Diverged, EpochStats, all_finite, autocast
+
+Batch = Sequence[Tensor]
+
+
+class FlatModel:
+    """A model whose parameters, and after them its floating buffers, are views of one vector.
+
+    vector: (P + B,); gradient: (P,), of which every parameter's `grad` is a view. The module passed in is changed so; a
+    state dict loads into the vector, and what is written to the vector is in the module. forward: what runs it, the
+    module itself or what `compiled` makes of it.
+    Raises ValueError for a model of several floating types, which have no common vector.
+    """
+
+    def __init__(self, module: nn.Module, compiled: Callable[[nn.Module], nn.Module] = lambda module: module) -> None:
+        parameters = list(module.parameters())
+        buffers = [(home, name, b) for home in module.modules() for name, b in home.named_buffers(recurse=False)
+                   if b.is_floating_point()]
+        tensors = [p.detach() for p in parameters] + list({id(b): b for _, _, b in buffers}.values())
+        kinds = {(t.dtype, t.device) for t in tensors}
+        if len(kinds) != 1:
+            raise ValueError(f"the model's tensors are of different types or devices: {sorted(map(str, kinds))}")
+        self.module = module
+        self.num_parameters = sum(p.numel() for p in parameters)
+        self.vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
+        self.gradient = self.vector.new_zeros(self.num_parameters)
+        self.sizes = [p.numel() for p in parameters]
+        places, offset = {}, 0
+        for tensor in tensors:
+            places[id(tensor)] = _place(self.vector, tensor, offset)
+            places[id(tensor)].copy_(tensor)
+            offset += tensor.numel()
+        offset = 0
+        for parameter, tensor in zip(parameters, tensors, strict=False):
+            parameter.data = places[id(tensor)]
+            if parameter.requires_grad:
+                parameter.grad = _place(self.gradient, parameter.data, offset)
+            offset += parameter.numel()
+        for home, name, buffer in buffers:
+            setattr(home, name, places[id(buffer)])
+        self.forward = compiled(module)
+
+
+def _place(vector: Tensor, tensor: Tensor, offset: int) -> Tensor:
+    """A view of `vector` from `offset` on in the tensor's shape and, so that kernels stay fast, its memory layout."""
+    if tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return vector.as_strided(tensor.shape, tensor.stride(), offset)
+    return vector[offset : offset + tensor.numel()].view(tensor.shape)
+
+
+class Agent:
+    """What a step works on.
+
+    x: the model as a vector, parameters first, buffers after them. parameters: its part of P entries. shared: what is
+    mixed with the neighbours', all of it or (`mix_buffers=False`) the parameters. memory: named vectors that a method
+    keeps from step to step; they are saved with the agent's state.
+
+    flat: the agent's own model; batches: an endless stream of them; loss(forward, batch) -> (scalar, number of correct
+    answers); scratch: a model to take cross-gradients in, which all agents of a process may share.
+    """
+
+    def __init__(self, index: int, flat: FlatModel, batches: Iterator[Batch], *, loss: Callable | None = None,
+                 mix_buffers: bool = True, weight_decay: float = 0.0, amp: str = "none", seed: int = 0,
+                 scratch: FlatModel | None = None) -> None:
+        self.index, self.flat, self.batches, self.seed, self.scratch = index, flat, batches, seed, scratch
+        self.loss, self.amp, self.weight_decay = loss or classification, amp, weight_decay
+        self.x = flat.vector
+        self.parameters = self.x[: flat.num_parameters]
+        self.shared = self.x if mix_buffers else self.parameters
+        self.memory: dict[str, Tensor] = {}
+        self.steps = self.samples = 0
+        self.batch: Batch = ()
+        self.forget_stats()
+
+    def gradient(self) -> Tensor:
+        """(P,): the gradient at x on the next batch, valid until the next call. BatchNorm sees the batch."""
+        self.batch = next(self.batches)
+        loss, right = self._backward(self.flat, owner=self.index)
+        size = len(self.batch[0])
+        self._loss_sum, self._right = self._loss_sum + loss * size, self._right + right
+        self._seen += size
+        self._steps += 1
+        self.samples += size
+        return self.flat.gradient
+
+    def cross_gradient(self, x: Tensor, owner: int) -> Tensor:
+        """(P,): the gradient of agent `owner`'s model x on this agent's batch, the one that `gradient` used.
+
+        It is taken in the scratch model, so that nobody's BatchNorm statistics change.
+        """
+        if self.scratch is None:
+            self.scratch = FlatModel(copy.deepcopy(self.flat.module))
+        self.scratch.vector[: len(x)].copy_(x)
+        self._backward(self.scratch, owner)
+        return self.scratch.gradient.clone()
+
+    def _backward(self, flat: FlatModel, owner: int) -> tuple[Tensor, Tensor]:
+        flat.module.train()
+        flat.gradient.zero_()
+        torch.manual_seed(generator(self.seed, self.index, self.steps, f"step of {owner}").initial_seed())  # dropout
+        with autocast(flat.vector.device, self.amp):
+            loss, right = self.loss(flat.forward, self.batch)
+        loss.backward()
+        if self.weight_decay:
+            flat.gradient.add_(flat.vector[: flat.num_parameters], alpha=self.weight_decay)
+        return loss.detach(), right
+
+    # Running averages since `forget_stats`
+
+    def forget_stats(self) -> None:
+        self._loss_sum, self._right, self._seen, self._steps = torch.zeros(()), 0, 0, 0
+
+    def stats(self) -> EpochStats:
+        """Raises Diverged when the loss or the model is not finite any more."""
+        mean = float(self._loss_sum) / self._seen
+        if not math.isfinite(mean):
+            raise Diverged(f"agent {self.index}: the training loss became {mean}: try a smaller --lr")
+        if not all_finite(self.flat.module):
+            raise Diverged(f"agent {self.index}: the model has NaN or infinite values: try a smaller --lr")
+        return EpochStats(mean, 100.0 * int(self._right) / self._seen, self._seen, self._steps)
+
+
+def classification(forward: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of (x (B, C, H, W), y (B,)), and how many answers are right."""
+    x, y = batch
+    scores = forward(x)
+    return F.cross_entropy(scores, y), (scores.detach().argmax(1) == y).sum()

@@ -1,0 +1,304 @@
+"""How agents reach their neighbours: all in one process, or one process each under torch.distributed.
+
+Both networks carry the same `Mail` and give the same numbers; the one in a single process is the oracle of the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What an agent sends in one exchange: receiver -> vector. A vector like `like` is due from every source."""
+
+    to: Mapping[int, Tensor]
+    sources: tuple[int, ...]
+    like: Tensor
+
+
+class Arriving(Protocol):
+    """What is on its way to an agent."""
+
+    def wait(self) -> dict[int, Tensor]:
+        """source -> vector, the receiver's own; returns when all of them are there."""
+
+
+class NeighbourLost(RuntimeError):
+    """A neighbour's message did not come in time, or its process is gone."""
+
+
+class Refused(ValueError):
+    """Some process can't begin; all of them know why."""
+
+
+class Network:
+    """Carries messages between agents; `agents` are those that live in this process.
+
+    sent, received: bytes so far of each local agent's messages to and from other agents, wherever these live.
+    """
+
+    agents: tuple[int, ...]
+    is_writer = True  # the one process that writes the run folder
+
+    def __init__(self) -> None:
+        self.sent = dict.fromkeys(self.agents, 0)
+        self.received = dict.fromkeys(self.agents, 0)
+
+    def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
+        """Take every local agent's mail, which may be overwritten afterwards, and return at once."""
+        raise NotImplementedError
+
+    def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
+        """Every agent's thing to the writer (elsewhere: {})."""
+        return dict(things)
+
+    def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
+        """The writer's things, one for each agent, to the process where the agent lives."""
+        return dict(things)
+
+    def together(self, prepare: Callable[[], Any]) -> Any:
+        """`prepare()` in every process. Where it fails in one, Refused with the first reason in all of them."""
+        return prepare()
+
+    def _count(self, agent: int, mail: Mail) -> None:
+        self.sent[agent] += sum(v.numel() * v.element_size() for v in mail.to.values())
+        self.received[agent] += len(mail.sources) * mail.like.numel() * mail.like.element_size()
+
+
+class OneProcess(Network):
+    """All agents here: the messages of an exchange lie in a dictionary."""
+
+    def __init__(self, num_agents: int) -> None:
+        self.agents = tuple(range(num_agents))
+        super().__init__()
+
+    def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
+        copies: dict[int, Tensor] = {}
+        for agent, mail in mails.items():
+            self._count(agent, mail)
+            copies |= {id(vector): vector.clone() for vector in mail.to.values() if id(vector) not in copies}
+        box = {(i, j): copies[id(vector)] for i, mail in mails.items() for j, vector in mail.to.items()}
+        return {j: _Here({i: box[i, j] for i in mail.sources}) for j, mail in mails.items()}
+
+
+@dataclass(frozen=True)
+class _Here:
+    vectors: dict[int, Tensor]
+
+    def wait(self) -> dict[int, Tensor]:
+        return self.vectors
+
+
+class ManyProcesses(Network):
+    """Agent r lives in rank r: point to point, non-blocking, one message for each edge and exchange.
+
+    Over gloo, vectors of a GPU travel through pinned memory; over nccl, which needs a GPU for each agent, directly.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        self.rank = dist.get_rank()
+        self.agents = (self.rank,)
+        self.is_writer = self.rank == 0
+        self.device, self.timeout = device, timeout
+        self.through_cpu = device.type != "cpu" and dist.get_backend() == "gloo"
+        # Figures and models for the run folder are Python objects: they go over gloo whatever carries the steps.
+        self.control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo",
+                                                                                           timeout=timeout)
+        super().__init__()
+
+    def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
+        mail = mails[self.rank]
+        self._count(self.rank, mail)
+        staged: dict[int, Tensor] = {}
+        for vector in mail.to.values():
+            if id(vector) not in staged:
+                staged[id(vector)] = self._empty(vector).copy_(vector, non_blocking=True)
+        if self.through_cpu and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the copies must be whole before they leave
+        arrivals = {j: self._empty(mail.like) for j in mail.sources}
+        receive = [dist.P2POp(dist.irecv, arrivals[j], j) for j in mail.sources]
+        send = [dist.P2POp(dist.isend, staged[id(vector)], j) for j, vector in mail.to.items()]
+        try:
+            works = dist.batch_isend_irecv(receive + send) if receive or send else []
+        except RuntimeError as error:
+            others = ", ".join(map(str, sorted({*mail.sources, *mail.to})))
+            raise self._lost(f"could not reach its neighbours {others}", error) from None
+        if len(works) == len(receive) + len(send):
+            names = [f"agent {j}'s vector" for j in mail.sources] + [f"agent {j} to take its vector" for j in mail.to]
+        else:  # nccl makes one piece of work of them all
+            names = [f"its neighbours {', '.join(map(str, sorted({*mail.sources, *mail.to})))}"] * len(works)
+        return {self.rank: _OnItsWay(self, arrivals, list(zip(names, works, strict=True)), list(staged.values()))}
+
+    def _empty(self, like: Tensor) -> Tensor:
+        if not self.through_cpu:
+            return torch.empty_like(like)
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
+
+    def _lost(self, what: str, error: Exception) -> NeighbourLost:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return NeighbourLost(f"agent {self.rank} {what}: {reason}")
+
+    def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
+        everyone = [None] * dist.get_world_size() if self.is_writer else None
+        dist.gather_object(things[self.rank], everyone, dst=0, group=self.control)
+        return dict(enumerate(everyone)) if self.is_writer else {}
+
+    def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
+        mine = [None]
+        everyone = [things[i] for i in range(dist.get_world_size())] if self.is_writer else None
+        dist.scatter_object_list(mine, everyone, src=0, group=self.control)
+        return {self.rank: mine[0]}
+
+    def together(self, prepare: Callable[[], Any]) -> Any:
+        result, failure = None, None
+        try:
+            result = prepare()
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure, group=self.control)
+        if reason := next(filter(None, failures), None):
+            raise Refused(reason)
+        return result
+
+
+@dataclass(frozen=True)
+class _OnItsWay:
+    network: ManyProcesses
+    arrivals: dict[int, Tensor]
+    works: list[tuple[str, dist.Work]]
+    staged: list[Tensor]  # kept until they have left
+
+    def wait(self) -> dict[int, Tensor]:
+        began = time.monotonic()
+        for name, work in self.works:
+            left = self.network.timeout - timedelta(seconds=time.monotonic() - began)
+            try:
+                work.wait(max(left, timedelta(milliseconds=1)))
+            except RuntimeError as error:
+                waited = time.monotonic() - began
+                raise self.network._lost(f"waited {waited:.0f} s for {name}", error) from None
+        if not self.network.through_cpu:
+            return self.arrivals
+        return {j: vector.to(self.network.device, non_blocking=True) for j, vector in self.arrivals.items()}
+
+
+# Joining the other processes
+
+
+def is_launched() -> bool:
+    """Whether torchrun or torch.distributed.launch started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0)) if is_launched() else 0
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this group again after a failure (--max-restarts)."""
+    return is_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def local_device(name: str) -> str:
+    """`--device` for this process: where every process gets a GPU of its own or, when they are few, shares one."""
+    if not is_launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def pick_backend(name: str, device: torch.device) -> str:
+    """nccl where each process of this node has a GPU of its own, else gloo. Raises ValueError where nccl can't be."""
+    own_gpu = device.type == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    able = own_gpu and dist.is_nccl_available()
+    if name == "nccl" and not able:
+        raise ValueError("--backend nccl needs a GPU for every agent of a machine: use gloo")
+    return "nccl" if name == "nccl" or (name == "auto" and able) else "gloo"
+
+
+@contextlib.contextmanager
+def connect(num_agents: int, device: torch.device, backend: str, timeout: float) -> Iterator[Network]:
+    """All agents in this process or, under a launcher, the one of this rank; `timeout` in seconds.
+
+    Raises ValueError when the launcher's processes are not one for each agent, or can't find each other.
+    """
+    if not is_launched():
+        yield OneProcess(num_agents)
+        return
+    limit = timedelta(seconds=timeout)
+    world = int(os.environ["WORLD_SIZE"])
+    if world != num_agents:
+        raise ValueError(f"{world} processes for --num_models {num_agents}: launch one for each agent "
+                         f"(--nproc_per_node={num_agents}), or none")
+    where = _meeting_place()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nccl asks for it
+    try:
+        dist.init_process_group(pick_backend(backend, device), init_method=where, rank=rank(), world_size=world,
+                                timeout=limit)
+    except (RuntimeError, ValueError) as error:  # torch's own DistNetworkError and the like are RuntimeErrors
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the {world} processes did not find each other at {where or _address()}: {reason}") from None
+    network = ManyProcesses(device, limit)
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
+    dist.barrier(group=network.control)  # all are there: nobody needs the file any more
+    if where and rank() == 0:
+        Path(where.removeprefix("file://")).unlink(missing_ok=True)
+    yield network
+    dist.destroy_process_group()
+
+
+def _address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _meeting_place() -> str | None:
+    """Where the processes meet: None for what the launcher set up.
+
+    `torch.distributed.launch --master_port 0` tells its workers port 0, on which nobody can meet. They are children of
+    one launcher then: a file that is named after it serves, as no other group of workers has the same.
+    """
+    if os.environ.get("MASTER_PORT") != "0":
+        return None
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+        raise ValueError("--master_port 0 works on one machine only: give the port on which several shall meet")
+    home = Path(tempfile.gettempdir()) / f"dimat-{getattr(os, 'getuid', int)()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    launcher, restarts = os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return (home / f"launcher-{launcher}-{_start_time(launcher)}-restart-{restarts}").as_uri()
+
+
+def _start_time(process: int) -> str:
+    """Tells a process from an earlier one of the same number."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    with contextlib.suppress(OSError):
+        printed = subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True).stdout
+        return "".join(c for c in printed if c.isalnum())
+    return "0"
+
+
+def leave(code: int) -> None:
+    """End a launched process at once, without waiting for messages that will never come; else just return."""
+    if is_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
