@@ -43,14 +43,15 @@ def run_cases(network, watch=lambda: None):
         graph = make_topology(topology, AGENTS)
         agents = {i: Agent(i, FlatModel(model(i)), batches(i)) for i in network.agents}
         before = dict(network.sent), dict(network.received), watch()
-        settings = Settings(0.1, 0.9 if BASELINES[name].momentum else 0.0, form, "tensor" if form != "paper" else "model")
+        momentum = 0.9 if BASELINES[name].momentum else 0.0
+        settings = Settings(0.1, momentum, form, "tensor" if form == "authors" else "model")
         for step in range(STEPS):
             hoods = {i: neighbourhood(graph.weights(step), i) for i in agents}
             take_step(BASELINES[name], agents, hoods, settings, network)
         after = watch()
         results[f"{name} {topology} {form}"] = {
             i: (agent.x.clone(), network.sent[i] - before[0][i], network.received[i] - before[1][i],
-                after and {key: after[key] - before[2][key] for key in after})
+                after and dict(after - before[2]))
             for i, agent in agents.items()}
     return results
 
@@ -67,8 +68,8 @@ def watch_the_wire():
             return function(*args, **kwargs)
         return call
 
-    for name in ("isend", "irecv", "send", "recv", "broadcast", "all_reduce", "all_gather", "reduce", "gather", "scatter",
-                 "all_gather_object", "gather_object", "scatter_object_list", "barrier", "all_to_all"):
+    for name in ("isend", "irecv", "send", "recv", "broadcast", "all_reduce", "all_gather", "reduce", "gather",
+                 "scatter", "all_gather_object", "gather_object", "scatter_object_list", "barrier", "all_to_all"):
         setattr(dist, name, watched(name, getattr(dist, name)))
     import torch.distributed.distributed_c10d as c10d
 
@@ -81,6 +82,5 @@ if __name__ == "__main__":
     watch = watch_the_wire()
     with connect(AGENTS, torch.device("cpu"), "gloo", timeout=60) as network:
         results = run_cases(network, lambda: Counter(watch()))
-        torch.save({case: {i: (x, sent, received, dict(wire)) for i, (x, sent, received, wire) in of.items()}
-                    for case, of in results.items()}, Path(sys.argv[-1]) / f"agent_{network.agents[0]}.pt")
+        torch.save(results, Path(sys.argv[-1]) / f"agent_{network.agents[0]}.pt")
     assert os.environ["MASTER_PORT"] == "0"

@@ -60,7 +60,7 @@ def test_nothing_but_the_neighbours_vectors_crosses_the_wire(launched, case):
         _, sent, received, wire = launched[case][i]
         assert wire.keys() <= {"isend", "irecv", "isend bytes", "irecv bytes"}
         assert (wire["isend bytes"], wire["irecv bytes"]) == (sent, received)
-        to, of = (sum(int(((graph.weights(step) > 0).sum(axis)[i])) - 1 for step in range(STEPS)) for axis in (0, 1))
+        to, of = (sum(int((graph.weights(step) > 0).sum(axis)[i]) - 1 for step in range(STEPS)) for axis in (0, 1))
         assert (sent, received) == (to * size, of * size)
         if topology == "ring":
             assert sent == STEPS * 2 * size  # whatever N
