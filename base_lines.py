@@ -288,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("DIMAT_DEBUG"):
             raise
         code = 2
+        if rank() and isinstance(error, (ValueError, OSError)):
+            time.sleep(3)  # most likely every process fails alike: the launcher ends this one when the first has spoken
         print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 BACKENDS = ("auto", "gloo", "nccl")
 
@@ -135,15 +137,14 @@ class ManyProcesses(Network):
         arrivals = {j: self._empty(mail.like) for j in mail.sources}
         receive = [dist.P2POp(dist.irecv, arrivals[j], j) for j in mail.sources]
         send = [dist.P2POp(dist.isend, staged[id(vector)], j) for j, vector in mail.to.items()]
+        all_of_them = f"its neighbours {', '.join(map(str, sorted({*mail.sources, *mail.to})))}"
         try:
             works = dist.batch_isend_irecv(receive + send) if receive or send else []
         except RuntimeError as error:
-            others = ", ".join(map(str, sorted({*mail.sources, *mail.to})))
-            raise self._lost(f"could not reach its neighbours {others}", error) from None
-        if len(works) == len(receive) + len(send):
-            names = [f"agent {j}'s vector" for j in mail.sources] + [f"agent {j} to take its vector" for j in mail.to]
-        else:  # nccl makes one piece of work of them all
-            names = [f"its neighbours {', '.join(map(str, sorted({*mail.sources, *mail.to})))}"] * len(works)
+            raise self._lost(all_of_them, error, waited=0) from None
+        names = [f"agent {j}'s message" for j in mail.sources] + [f"agent {j} to take its message" for j in mail.to]
+        if len(works) != len(names):  # nccl makes one piece of work of them all
+            names = [all_of_them] * len(works)
         return {self.rank: _OnItsWay(self, arrivals, list(zip(names, works, strict=True)), list(staged.values()))}
 
     def _empty(self, like: Tensor) -> Tensor:
@@ -151,9 +152,11 @@ class ManyProcesses(Network):
             return torch.empty_like(like)
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
 
-    def _lost(self, what: str, error: Exception) -> NeighbourLost:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return NeighbourLost(f"agent {self.rank} {what}: {reason}")
+    def _lost(self, what: str, error: Exception, waited: float) -> NeighbourLost:
+        reason = _first_line(error)
+        if waited >= self.timeout.total_seconds() - 0.1:
+            reason = f"nothing within --timeout {self.timeout.total_seconds():g} s, so it has stalled or is very slow"
+        return NeighbourLost(f"agent {self.rank} waited {waited:.1f} s for {what}: {reason}")
 
     def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
         everyone = [None] * dist.get_world_size() if self.is_writer else None
@@ -193,8 +196,7 @@ class _OnItsWay:
             try:
                 work.wait(max(left, timedelta(milliseconds=1)))
             except RuntimeError as error:
-                waited = time.monotonic() - began
-                raise self.network._lost(f"waited {waited:.0f} s for {name}", error) from None
+                raise self.network._lost(name, error, time.monotonic() - began) from None
         if not self.network.through_cpu:
             return self.arrivals
         return {j: vector.to(self.network.device, non_blocking=True) for j, vector in self.arrivals.items()}
@@ -214,7 +216,11 @@ def rank() -> int:
 
 def is_restart() -> bool:
     """Whether the launcher has started this group again after a failure (--max-restarts)."""
-    return is_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return is_launched() and _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def local_device(name: str) -> str:
@@ -251,11 +257,14 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     try:
-        dist.init_process_group(pick_backend(backend, device), init_method=where, rank=rank(), world_size=world,
+        store, _, _ = next(rendezvous(where or "env://", rank(), world, timeout=limit))
+        # A group that is started again meets at the same store, where it must not find the dead group's addresses.
+        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        dist.init_process_group(pick_backend(backend, device), store=store, rank=rank(), world_size=world,
                                 timeout=limit)
     except (RuntimeError, ValueError) as error:  # torch's own DistNetworkError and the like are RuntimeErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the {world} processes did not find each other at {where or _address()}: {reason}") from None
+        place = where or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(f"the {world} processes did not find each other at {place}: {_first_line(error)}") from None
     network = ManyProcesses(device, limit)
     if dist.get_backend() == "nccl":
         dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
@@ -266,8 +275,10 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
     dist.destroy_process_group()
 
 
-def _address() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+def _first_line(error: Exception) -> str:
+    """What gloo has to say, without the place in its source and the advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+\] ", "", line).partition(". This is")[0]
 
 
 def _meeting_place() -> str | None:
@@ -282,8 +293,8 @@ def _meeting_place() -> str | None:
         raise ValueError("--master_port 0 works on one machine only: give the port on which several shall meet")
     home = Path(tempfile.gettempdir()) / f"dimat-{getattr(os, 'getuid', int)()}"
     home.mkdir(mode=0o700, exist_ok=True)
-    launcher, restarts = os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return (home / f"launcher-{launcher}-{_start_time(launcher)}-restart-{restarts}").as_uri()
+    launcher = os.getppid()
+    return (home / f"launcher-{launcher}-{_start_time(launcher)}-restart-{_restarts()}").as_uri()
 
 
 def _start_time(process: int) -> str:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from utils.topology import EXPS, TOPOLOGIES, Topology, make_topology, metropolis_hastings
+from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology, metropolis_hastings, push_weights
 
 # paper-facts: second-largest |eigenvalue| at these numbers of agents
 PAPER_AGENTS = (2, 3, 5, 10, 20)
@@ -100,6 +100,52 @@ def test_metropolis_hastings_on_a_star_and_on_what_is_no_graph():
         metropolis_hastings(np.array([[0, 1], [0, 0]]))
     with pytest.raises(ValueError, match="square symmetric"):
         metropolis_hastings(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("name", DIRECTED)
+def test_one_way_graphs_are_column_stochastic_and_strongly_connected(name):
+    for n in (1, 2, 3, 5, 8, 20):
+        topology = make_topology(name, n)
+        assert topology.directed and topology.is_connected
+        for step in range(7):
+            pi = topology.weights(step)
+            assert (pi >= 0).all() and (np.diag(pi) > 0).all()
+            np.testing.assert_allclose(pi.sum(axis=0), 1)
+            assert not (pi > 0)[~(topology.connectivity | np.eye(n, dtype=bool))].any()
+    receivers = (make_topology(name, 8).weights(0) > 0).sum(axis=0) - 1
+    assert set(receivers) == {3 if name == "directed_exponential" else 1}
+
+
+def test_one_peer_after_the_other_is_an_exact_average_on_a_power_of_two():
+    topology = make_topology("one_peer_exponential", 8)
+    product = np.linalg.multi_dot([topology.weights(step) for step in range(3)])
+    np.testing.assert_allclose(product, np.full((8, 8), 1 / 8))
+    np.testing.assert_allclose(topology.weights(3), topology.weights(0))
+    assert topology.weights(0)[1, 0] == topology.weights(1)[2, 0] == topology.weights(2)[4, 0] == 0.5
+
+
+def test_a_one_way_graph_that_cannot_be_walked_back_is_not_connected():
+    hears = np.zeros((3, 3), dtype=bool)
+    hears[1, 0] = hears[2, 1] = True
+    assert not Topology("line", hears, push_weights(hears), directed=True).is_connected
+    hears[0, 2] = True
+    assert Topology("circle", hears, push_weights(hears), directed=True).is_connected
+
+
+@pytest.mark.parametrize("with_pi", [True, False])
+def test_a_file_of_a_one_way_graph(with_pi, tmp_path):
+    hears = np.array([[0, 1, 1], [1, 0, 0], [0, 1, 0]], dtype=bool)
+    content = json.loads(Topology("own", hears, push_weights(hears), directed=True).to_json())
+    if not with_pi:
+        del content["pi"]
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    found = make_topology(tmp_path / "own.json", 3)
+    assert found.directed and np.array_equal(found.connectivity, hears)
+    np.testing.assert_allclose(found.pi, push_weights(hears))
+    content |= {"pi": (push_weights(hears).T).tolist()}
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"own\.json"):
+        make_topology(tmp_path / "own.json", 3)
 
 
 def test_exps_are_topologies():

@@ -1,0 +1,252 @@
+"""base_lines.py as a user runs it: in one process and under the launchers, killed, stalled and wrong."""
+
+import contextlib
+import csv
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from base_lines import batch_stream, steps_of_an_epoch
+from data.datasets import DATASETS, load_dataset
+from data.partition import PARTITIONS
+from models import MODELS
+from tests.helpers import ROOT, TINY, script
+from utils.options import main_parser
+from utils.topology import Topology, push_weights
+
+START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
+RUN = [*START, "--epochs=4"]
+
+
+def folder_of(printed: str, home: Path) -> Path:
+    return home / next(line for line in printed.splitlines() if line.startswith("results: ")).removeprefix("results: ")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
+
+
+def equal_runs(a: Path, b: Path) -> None:
+    assert rows_of(a) == rows_of(b)
+    for kind in ("trained/*.pth", "accuracy_matrix/*.csv"):
+        files = sorted(f.relative_to(a) for f in a.glob(kind))
+        assert files and all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
+    x, y = (torch.load(f / "state.pt", weights_only=True) for f in (a, b))
+    assert all(x[key] == y[key] for key in ("iteration", "samples", "steps"))
+    for part in ("states", "memory"):
+        for s, t in zip(x[part], y[part], strict=True):
+            assert s.keys() == t.keys() and all(torch.equal(s[key], t[key]) for key in s)
+
+
+@contextlib.contextmanager
+def launched(*launcher: str, arguments: list[str], home: Path):
+    """`python -m <launcher> base_lines.py <arguments>`, killed with all its children at the end; output in home/log."""
+    with open(home / "log", "a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *launcher, str(ROOT / "base_lines.py"), *arguments], cwd=home, stdout=log,
+            stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(home), "OMP_NUM_THREADS": "1"},
+            start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finished(*launcher: str, arguments: list[str], home: Path) -> tuple[int, str]:
+    with launched(*launcher, arguments=arguments, home=home) as process:
+        code = process.wait(timeout=120)
+    return code, (home / "log").read_text()
+
+
+def wait_for(text: str, log: Path, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while text not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def workers(launcher: int) -> list[int]:
+    """The launcher's children in order of their rank: it starts one after the other."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return sorted(map(int, children))
+
+
+torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=3")
+
+
+# In one process
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("baseline")
+    return folder_of(script("base_lines", *RUN, "--opt=CDMSGD", cwd=home).stdout, home)
+
+
+def test_a_run_folder_holds_what_it_should(uninterrupted):
+    assert uninterrupted.as_posix().endswith(
+        "results/digits/resnet20/iid/same_random/CDMSGD/ring_3/epochs_1/width=1,train_samples=200,batch_size=20/seed_0")
+    rows = rows_of(uninterrupted)
+    assert [(row["iteration"], row["phase"]) for row in rows[::3]] == [
+        ("0", "initial"), *[(str(k), "trained") for k in range(1, 5)]]
+    # 200 images, 3 agents, batches of 20: four steps in an epoch, to two neighbours in each
+    state = torch.load(uninterrupted / "state.pt", weights_only=True)
+    floats = sum(t.numel() for t in state["states"][0].values() if t.is_floating_point())
+    assert [row["steps"] for row in rows[::3]] == ["0", "4", "8", "12", "16"]
+    assert all(int(row["bytes_sent"]) == int(row["bytes_received"]) == 4 * 2 * 4 * floats for row in rows[3:])
+    assert all(0 < float(row["train_accuracy"]) <= 100 for row in rows[3:])
+    assert float(rows[3]["consensus_distance"]) > 0
+    assert all(m["v"].abs().max() > 0 for m in state["memory"])
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path):
+    home = uninterrupted.parents[9]
+    assert "finished before: 4 epochs" in script("base_lines", *RUN, "--opt=CDMSGD", cwd=home).stdout
+    short = script("base_lines", *START, "--epochs=2", "--opt=CDMSGD", cwd=tmp_path)
+    longer = script("base_lines", *RUN, "--opt=CDMSGD", "--resume", cwd=tmp_path)
+    assert "continuing after epoch 2 of 4" in longer.stdout
+    assert folder_of(short.stdout, tmp_path) == folder_of(longer.stdout, tmp_path)
+    equal_runs(uninterrupted, folder_of(longer.stdout, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opt", ["SGP", "CGA"])
+def test_a_killed_run_resumes_to_an_equal_one(tmp_path, opt):
+    (tmp_path / "killed").mkdir()
+    expected = folder_of(script("base_lines", *RUN, f"--opt={opt}", cwd=tmp_path).stdout, tmp_path)
+    command = [sys.executable, "-m", "base_lines", *RUN, f"--opt={opt}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("iteration   2"):
+                run.kill()
+    refused = script("base_lines", *RUN, f"--opt={opt}", cwd=tmp_path / "killed", check=False)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = script("base_lines", *RUN, f"--opt={opt}", "--resume", cwd=tmp_path / "killed")
+    equal_runs(expected, folder_of(resumed.stdout, tmp_path / "killed"))
+
+
+def test_agents_start_from_their_checkpoints(checkpoints, tmp_path):
+    command = [f"--ckp={checkpoints}", "--data=digits", "--num_models=4", "--exp=1", "--epochs=1", "--num_epochs=1"]
+    folder = folder_of(script("base_lines", *command, "--opt=DPSGD", cwd=tmp_path).stdout, tmp_path)
+    assert "/iid/trained/DPSGD/fully_connected_4/" in folder.as_posix()
+    assert "train_samples=200" in folder.as_posix()
+    first = rows_of(folder)[:4]
+    trained = list(csv.DictReader((checkpoints / "model_accuracies.csv").open()))
+    assert [float(a["test_accuracy"]) for a in first] == [
+        pytest.approx(float(b["all_classes_accuracy"])) for b in trained]
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--momentum=0.5"], "--momentum 0.5"), (["--epochs=3", "--num_epochs=2"], "--num_epochs 2"),
+    (["--topology=directed_ring", "--exp=2"], "--exp"), (["--amp=fp16"], "--amp"), (["--ckp=nowhere"], "nowhere"),
+    (["--lr=1e30"], "agent 0")])
+def test_errors_are_one_line(tmp_path, flags, word):
+    result = script("base_lines", *RUN, *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_one_way_graphs_are_for_methods_that_can(tmp_path):
+    graph = np.zeros((3, 3), dtype=bool)
+    graph[[1, 2, 2, 0], [0, 0, 1, 2]] = True
+    (tmp_path / "own.json").write_text(Topology("own", graph, push_weights(graph), directed=True).to_json())
+    flags = [flag for flag in RUN if not flag.startswith("--exp")]
+    for topology in ("own.json", "one_peer_exponential"):
+        one_way = [*flags, f"--topology={topology}", "--epochs=1"]
+        refused = script("base_lines", *one_way, "--opt=CDSGD", cwd=tmp_path, check=False)
+        assert refused.returncode == 2 and "one-way" in refused.stderr and "SGP" in refused.stderr
+        script("base_lines", *one_way, "--opt=SGP", cwd=tmp_path)
+    merging = [*TINY, "--num_models=3", "--randominit", "--merg_itr=1", "--topology=own.json"]
+    assert "one-way" in script("main", *merging, cwd=tmp_path, check=False).stderr
+
+
+def test_everybody_takes_the_same_steps_and_streams_go_on():
+    parts = [np.arange(10), np.arange(35), np.arange(90)]
+    assert steps_of_an_epoch(parts, 10) == 5  # 135 images in steps of 30
+    assert steps_of_an_epoch([np.arange(10)], 100) == 1
+    dataset = load_dataset("digits", train_samples=100)
+    options = main_parser(DATASETS, MODELS, PARTITIONS, ["NONE"], [], {}).parse_args(["--batch_size=4"])
+    whole = list(itertools.islice(batch_stream(options, dataset, np.arange(10), 1, 0), 9))
+    assert [len(y) for _, y in whole] == [4, 4, 2] * 3
+    for one in range(3):  # every pass shows each image once
+        labels = torch.cat([y for _, y in whole[3 * one : 3 * one + 3]])
+        assert torch.equal(labels.sort().values, dataset.train.labels[:10].sort().values)
+    assert not torch.equal(whole[0][0], whole[3][0])
+    for start in range(8):
+        x, y = next(batch_stream(options, dataset, np.arange(10), 1, start))
+        assert torch.equal(x, whole[start][0]) and torch.equal(y, whole[start][1])
+
+
+# Launched
+
+
+@pytest.mark.slow
+def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_path):
+    """torch.distributed.launch --master_port 0, which tells its workers a port on which nobody can meet."""
+    launcher = ("torch.distributed.launch", "--master_port", "0", "--nnodes", "1", "--nproc_per_node=3")
+    code, log = finished(*launcher, arguments=[*RUN, "--opt=CDMSGD"], home=tmp_path)
+    assert code == 0, log
+    equal_runs(uninterrupted, folder_of(log, tmp_path))
+    assert not list(tmp_path.glob("dimat-*/*"))
+
+
+@pytest.mark.slow
+def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [flag for flag in RUN if not flag.startswith("--num_models")] + ["--num_models=4", "--epochs=1"]
+    expected = folder_of(script("base_lines", *flags, cwd=tmp_path).stdout, tmp_path)
+    node = ("torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=test",
+            f"--rdzv_endpoint=127.0.0.1:{port}")
+    arguments = [*flags, "--results_dir=two"]
+    with launched(*node, arguments=arguments, home=tmp_path) as one, launched(
+            *node, arguments=arguments, home=tmp_path) as other:
+        assert one.wait(timeout=120) == other.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    equal_runs(expected, folder_of((tmp_path / "log").read_text(), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterrupted, tmp_path):
+    with launched(*torchrun, "--max-restarts=1", arguments=[*RUN, "--opt=CDMSGD"], home=tmp_path) as launcher:
+        wait_for("iteration   1", tmp_path / "log")
+        os.kill(workers(launcher.pid)[2], signal.SIGKILL)
+        assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "continuing after epoch" in log
+    equal_runs(uninterrupted, folder_of(log, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_nobody_waits_for_ever_for_a_stalled_agent(tmp_path):
+    arguments = [*START, "--epochs=500", "--timeout=3"]
+    with launched(*torchrun, arguments=arguments, home=tmp_path) as launcher:
+        wait_for("iteration   1", tmp_path / "log")
+        os.kill(workers(launcher.pid)[2], signal.SIGSTOP)
+        wait_for("has stalled", tmp_path / "log", seconds=20)
+    log = (tmp_path / "log").read_text()
+    assert "s for agent 2's message: nothing within --timeout 3 s" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--num_models=5"], "3 processes for --num_models 5"), (["--opt=FOO"], "invalid choice: 'FOO'"),
+    (["--topology=nowhere.json"], "nowhere.json")])
+def test_errors_before_the_start_are_said_once(tmp_path, flags, message):
+    flags = [flag for flag in RUN if not flag.startswith("--exp")] + flags
+    code, log = finished(*torchrun, arguments=flags, home=tmp_path)
+    assert code != 0 and log.count("error: ") == 1 and message in log
