@@ -83,7 +83,8 @@ class Fleet:
         try:
             return {i: agent.stats() for i, agent in self.agents.items()}
         except training.Diverged as error:
-            raise training.Diverged(f"epoch {epoch}, {error}; state.pt keeps the last good state") from None
+            raise training.Diverged(f"epoch {epoch}, {error}; the run folder keeps what was finished "
+                                    "before") from None
 
 
 def batch_stream(o: Namespace, dataset: Dataset, indices: np.ndarray, agent: int, start: int) -> Iterator:
@@ -195,7 +196,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         config = {k: v for k, v in vars(o).items() if k != "optim"} | circumstances(command)
         config |= {"initial_models": digest(states), "processes": o.num_models if is_launched() else 1}
         matter = {**config, **start_that_matters(o, made_with)}
-        if Path(o.topology).suffix == ".json":
+        if Path(o.topology).suffix.lower() == ".json":
             config["pi"] = topology.pi.tolist()  # the file may change
         free = {"epochs", *(key for key, value in matter.items() if value is None)}
         path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)

@@ -99,8 +99,8 @@ class Fleet:
                     last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"),
                                               optimizer, scaler)
                 except training.Diverged as error:
-                    raise training.Diverged(f"agent {i}, iteration {iteration}: {error}; state.pt keeps the state "
-                                            f"after iteration {iteration - 1}") from None
+                    raise training.Diverged(f"agent {i}, iteration {iteration}: {error}; the run folder keeps what was "
+                                            "finished before") from None
                 self.samples[i] += last.samples
                 self.steps[i] += last.steps
             self.states[i] = training.snapshot(self.trainer.model)
@@ -177,7 +177,7 @@ def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: list[State])
         return [new_model(o, dataset, seed).state_dict() for seed in seeds]
     for i, state in enumerate(loaded):
         check_state(state, template, str(ckp / f"model_{i}.pth"))
-    return loaded
+    return [{key: state[key].to(tensor.dtype) for key, tensor in template.items()} for state in loaded]
 
 
 def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
@@ -195,6 +195,8 @@ def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
     if ckp is not None:  # random models too learn on the data that the checkpoint's would
         made_with = describe(ckp)
         inherit(vars(o), made_with, f"--ckp {ckp}")
+        if o.randominit and made_with.get("num_models", o.num_models) != o.num_models:
+            raise ValueError(f"--num_models {o.num_models}: {ckp} deals its data to {made_with['num_models']} agents")
         if o.partition_seed is None:
             o.partition_seed = made_with.get("seed")
         if not o.randominit:
@@ -220,7 +222,8 @@ def start_that_matters(o: Namespace, made_with: dict) -> dict:
 def options_that_matter(o: Namespace, made_with: dict) -> dict:
     """What changes this run's results and is not a level of its path already; None where it has no say."""
     matches, merges = o.opt == "DIMAT", o.opt != ALONE
-    return vars(o) | {
+    trains = {} if o.training else dict.fromkeys(("epochs", "optim", "lr", "momentum", "weight_decay", "amp"))
+    return vars(o) | trains | {
         "match_data": o.match_data if merges and (matches or o.bn_reset != "none") else None,
         "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
@@ -243,12 +246,13 @@ def run(o: Namespace, command: str) -> Path:
                   states, samples=[0] * o.num_models, steps=[0] * o.num_models)
     _ = fleet.spec  # a model that can't be permuted is an error now, not after hours
     config = vars(o) | circumstances(command) | {"initial_models": digest(states)}
-    if Path(o.topology).suffix == ".json":
+    if Path(o.topology).suffix.lower() == ".json":
         config["pi"] = topology.pi.tolist()  # the file may change
     matter = options_that_matter(o, made_with)
     with RunFolder(run_folder(vars(o), matter), config, free={key for key, value in matter.items() if value is None},
                    resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite) as folder:
         if folder.finished >= o.merg_itr and not folder.start:
+            folder.load()  # drops what a longer run had begun
             print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")
         else:
             start_or_continue(fleet, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import shlex
 import sys
@@ -95,7 +96,7 @@ class LocalTrainer:
 
 
 def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
-    """All epochs of one agent, from its last finished one on; leaves model_<agent>.pth."""
+    """All epochs of one agent, from its last finished one on; leaves it in the trainer's model."""
     o, partial = trainer.o, folder / f"partial_{agent}.pt"
     initial = new_model(o, trainer.dataset, generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed())
     trainer.model.load_state_dict(initial.state_dict())
@@ -121,8 +122,6 @@ def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: 
             save_tensors(partial, {"epoch": epoch, "model": training.snapshot(trainer.model),
                                    "optimizer": optimizer.state_dict(),
                                    "scaler": scaler.state_dict() if scaler is not None else None})
-    save_tensors(folder / f"model_{agent}.pth", {k: t.cpu() for k, t in training.snapshot(trainer.model).items()})
-    partial.unlink(missing_ok=True)
 
 
 def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[str, float]:
@@ -152,6 +151,8 @@ def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
         clear(folder)
     config = {k: v for k, v in vars(o).items() if k not in MACHINE}
     config["partition_seed"] = o.seed if o.partition_seed is None else o.partition_seed
+    if o.data_dist != "non-iid-PF":
+        del config["phase"]  # has no say
     old = load_yaml(folder / "config.yaml")
     for key, value in config.items():
         if key in old and old[key] != value:
@@ -189,6 +190,11 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
         else:
             train_agent(trainer, agent, parts[agent], folder)
         row = accuracies(trainer, agent, parts[agent])
+        if not math.isfinite(row["train_loss"]):
+            raise training.Diverged(f"agent {agent}: the trained model's loss is {row['train_loss']}: not kept")
+        if not file.exists():
+            save_tensors(file, {k: t.cpu() for k, t in training.snapshot(trainer.model).items()})
+        (folder / f"partial_{agent}.pt").unlink(missing_ok=True)
         rows.append(row)
         write_rows(table, rows)
         print(f"agent {agent}: {len(parts[agent])} images, train {row['train_accuracy']:.2f} %, "

@@ -410,6 +410,9 @@ def _list_tiny(root: Path) -> list[tuple[list[Path], list[int]]]:
         train[1].extend([label] * len(paths))
 
     lines = [line.split() for line in annotations.read_text().splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if len(line) < 2:
+            raise ValueError(f"tinyimgnt: {annotations}, line {number}: {line[0]!r} has no class beside it")
     kept = [(root / "val" / "images" / line[0], label_of[line[1]]) for line in lines if line[1] in label_of]
     if not kept:
         raise FileNotFoundError(f"tinyimgnt: {annotations} names no image of the classes in {root / 'train'}")
@@ -420,10 +423,17 @@ def _decode_images(paths: list[Path], part: str) -> np.ndarray:
     """Decode to uint8 (n, 3, H, W) on a few threads: Pillow decodes outside the interpreter lock."""
 
     def decode(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError) as error:  # Pillow calls a broken file either
+            raise ValueError(f"tinyimgnt: {path} can't be decoded: {error}") from None
 
     shape = decode(paths[0]).shape
+    if shape[1] != shape[2]:
+        raise ValueError(f"tinyimgnt: {paths[0]} is {shape[1]}x{shape[2]}: make all images square")
     images = np.empty((len(paths), *shape), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
         for i, image in enumerate(progress(pool.map(decode, paths), f"decoding {part} images", len(paths), "image")):

@@ -6,7 +6,6 @@ Git Re-Basin, section 3.1).
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ from torch.func import functional_call
 from merging.averaging import State, wide_dtype
 from merging.batch_norm import Batches, device_of, images_of
 from merging.permutation import Permutations, PermutationSpec, feature_reader, invert
+from utils.progress import say
 
 Edge = tuple[int, int]
 
@@ -113,7 +113,7 @@ def match_activations(
         at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations
             are summed over all its consumers' inputs.
         match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
-            taken in blocks, with one pass over the images per block, which is announced on stderr.
+            taken in blocks, with one pass over the images per block, which is announced.
 
     Returns:
         For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
@@ -127,10 +127,9 @@ def match_activations(
     reader = feature_reader(model, spec, at=at).to(device_of(states[edges[0][0]]))  # a copy, in evaluation mode
     blocks = list(_blocks(edges, _bytes_per_edge(spec, at), match_memory))
     if len(blocks) > 1:
-        print(
+        say(
             f"matching: the accumulators of {len(edges)} edges exceed match_memory={match_memory} bytes: "
-            f"taking them in {len(blocks)} blocks, one pass over the images each",
-            file=sys.stderr,
+            f"taking them in {len(blocks)} blocks, one pass over the images each"
         )
     matched = {}
     for block in blocks:

@@ -634,6 +634,12 @@ def derive_spec(model: nn.Module, example: Tensor) -> PermutationSpec:
     Raises UnsupportedOperation (a ValueError) that names the node and the operation for what has no rule, when tracing
     fails, and for parameters or buffers the forward pass does not use; ValueError when the model refuses the example.
     """
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedOperation(
+                f"module {name or type(model).__name__!r} has forward hooks, which a trace does not show: remove them, "
+                "or put what they do into the forward pass"
+            )
     model = copy.deepcopy(model).eval()
     graph = _trace(model)
     run = _Shapes(model, graph)

@@ -60,16 +60,18 @@ def build_model(
         return build()
 
 
-def infer_width(name: str, state: dict[str, torch.Tensor]) -> int:
-    """The width multiplier of a state dict of model `name`, from the rows of its first tensor; 1 where it has none.
+def infer_width(name: str, state: dict[str, torch.Tensor]) -> int | None:
+    """The width multiplier of a state dict of model `name`, from its first tensor; None for a model of one width.
 
     Raises ValueError if that tensor is missing, so that `state` cannot be one of `name`.
     """
     if name.startswith(PREFIX):
-        return 1
+        return None
     with torch.device("meta"):
-        narrow = build_model(name, 10, image_size=64, width_multiplier=1).state_dict()
+        narrow, twice = (build_model(name, 10, image_size=64, width_multiplier=w).state_dict() for w in (1, 2))
     first = next(iter(narrow))
     if not isinstance(state, dict) or first not in state:
         raise ValueError(f"the checkpoint holds no '{first}': it is not a state dict of {name}")
+    if narrow[first].shape == twice[first].shape:
+        return None
     return max(1, state[first].shape[0] // narrow[first].shape[0])

@@ -105,6 +105,8 @@ from data.partition import make_partition, register_partition
 from merging import merge, register_method
 from merging.permutation import random_permutations
 from models import build_model, register_model
+from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, register_baseline, take_step
+from utils.distributed import OneProcess
 from utils.topology import make_topology, register_topology
 """
 EXTENSION_USES = """
@@ -113,6 +115,9 @@ assert len(make_partition("sorted", y, y, 3, num_classes=10)[0]) == 3
 mlps = [build_model("mlp", 10, in_channels=1, image_size=8) for _ in range(3)]
 merged = merge(mlps, make_topology("line", 3).pi, method="RANDOM", batches=[torch.rand(4, 1, 8, 8)])
 assert len(merged) == 3
+agents = {i: Agent(i, FlatModel(mlp), iter([(torch.rand(4, 1, 8, 8), torch.arange(4))])) for i, mlp in enumerate(mlps)}
+hoods = {i: neighbourhood(make_topology("line", 3).pi, i) for i in agents}
+take_step(BASELINES["SIGN"], agents, hoods, Settings(0.1), OneProcess(3))
 """
 
 

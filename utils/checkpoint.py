@@ -21,7 +21,8 @@ def checkpoint_folder(o: dict[str, Any]) -> Path:
     """The documented path of train.py's checkpoints for its options `o`."""
     init = "same" if o["init_seed"] else "diff"
     halves = o["data_dist"] == "non-iid-PF" and o["phase"] != "pretrain"
-    unusual = variant(o | {"phase": o["phase"] if halves else None})
+    dealt_anew = None if o.get("partition_seed") == o["seed"] else o.get("partition_seed")
+    unusual = variant(o | {"phase": o["phase"] if halves else None, "partition_seed": dealt_anew})
     parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
              f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
     return Path(o["save_folder"]).joinpath(*filter(None, parts))
@@ -35,7 +36,8 @@ def describe(folder: Path) -> dict[str, Any]:
     path = folder.resolve().as_posix()
     patterns = {"dataset": r"/([^/]+)/[^/]+/(?:same|diff)_initialization",
                 "model": r"/([^/]+)/(?:same|diff)_initialization",
-                "data_dist": r"/data_dist_([^/]+)", "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
+                "num_models": r"/models_no(\d+)", "data_dist": r"/data_dist_([^/]+)",
+                "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
                 "init_seed": r"/(same|diff)_initialization"}
     for key, pattern in patterns.items():
         if key not in config and (found := re.search(pattern, path)):
@@ -59,6 +61,8 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
             raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
     for key in INHERITED:
         theirs = made_with.get(key)
+        if theirs is not None and (type(theirs) is str) != (key == "data_dist"):
+            raise ValueError(f"{source}: its config.yaml says {key}: {theirs!r}")
         if options[key] is None:
             options[key] = theirs
         elif theirs is not None and options[key] != theirs:

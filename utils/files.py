@@ -75,8 +75,16 @@ def save_yaml(path: Path, content: dict) -> None:
 
 
 def load_yaml(path: Path) -> dict:
-    """The mapping in `path`; {} when there is no such file."""
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    """The mapping in `path`; {} when there is no such file. Raises ValueError, naming the file, for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} can't be read: expected 'option: value' lines")
+    return content
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:

@@ -6,6 +6,7 @@ The registries' names come in as arguments (`choices`), so that this package imp
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def number(kind: type, low: float, high: float = float("inf"), strict: bool = Fa
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not (low < value if strict else low <= value) or not value <= high:
             bound = f"{'>' if strict else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
@@ -242,14 +245,15 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
 
 def _config_arguments(p: argparse.ArgumentParser, path: str, argv: Sequence[str]) -> list[str]:
     try:
-        options = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         p.error(f"--config {path}: {' '.join(str(error).split())}")
+    options = {} if options is None else options
     if not isinstance(options, dict):
         p.error(f"--config {path}: expected 'option: value' lines")
     known = {name for action in p._actions for name in action.option_strings}
     for key in options:
-        if f"--{key}" not in known:
+        if f"--{key}" not in known or key == "config":
             p.error(f"--config {path}: unknown option '{key}'")
     typed = {flag.partition("=")[0] for flag in argv}
     for flag, other in (("--exp", "topology"), ("--topology", "exp")):  # two names of one thing
@@ -264,6 +268,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose auto, cpu, cuda, cuda:1 or mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None

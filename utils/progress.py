@@ -8,6 +8,12 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 
+def say(text: str) -> None:
+    """Print a line, above the bars where there are any."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def progress(iterable: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterable:
     """Wrap `iterable` in a transient tqdm bar on stderr; no bar when stderr is not a terminal."""
     return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from utils.files import REFERENCE, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
-from utils.training import EpochStats, Evaluation
+from utils.progress import say
+from utils.training import Diverged, EpochStats, Evaluation
 
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
@@ -65,7 +66,7 @@ class RunFolder:
         if old and old.get("num_threads") != config["num_threads"]:
             print(f"note: begun with {old.get('num_threads')} threads, now {config['num_threads']}: "
                   "figures may differ in the last digits")
-        self.finished = self._iteration("state.pt")
+        self.finished = self._last_finished(start)
         # Once the run is past `start`, resuming goes on from where it is.
         self.start = start = 0 if resume and self.finished > start else start
         if start and not self._state_file(start):
@@ -77,7 +78,7 @@ class RunFolder:
                              "finished): give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
-        elif old["merg_itr"] < config["merg_itr"]:
+        elif old["merg_itr"] < config["merg_itr"] or start:
             save_yaml(path / "config.yaml", old | {key: config[key] for key in ("merg_itr", "epochs")})
 
     def __enter__(self) -> RunFolder:
@@ -90,16 +91,27 @@ class RunFolder:
         file = self.path / name
         return load_tensors(file)["iteration"] if file.exists() else 0
 
+    def _last_finished(self, start: int) -> int:
+        """What state.pt says; where that can't be read, `start`, if its state was kept."""
+        try:
+            return self._iteration("state.pt")
+        except ValueError:
+            if start and self._kept_file(start).exists():
+                return start
+            raise
+
+    def _kept_file(self, iteration: int) -> Path:
+        return self.path / "states" / f"iteration_{iteration:04d}.pt"
+
     def _kept(self) -> list[int]:
         kept = {int(re.sub(r"\D", "", f.stem)) for f in (self.path / "states").glob("iteration_*.pt")}
-        return sorted(kept | {self._iteration("state.pt")} - {0})
+        return sorted({k for k in kept if k <= self.finished} | {self.finished} - {0})
 
     def _state_file(self, iteration: int) -> Path | None:
-        kept = self.path / "states" / f"iteration_{iteration:04d}.pt"
-        last = self.path / "state.pt"
-        if last.exists() and self._iteration("state.pt") == iteration:
-            return last
-        return kept if kept.exists() else None
+        """The state after an iteration that is finished: state.pt says which are."""
+        if self._kept_file(iteration).exists() and iteration <= self.finished:
+            return self._kept_file(iteration)
+        return self.path / "state.pt" if iteration == self.finished else None
 
     def load(self) -> dict[str, Any] | None:
         """The state to continue from (None: from the beginning), with everything beyond it dropped."""
@@ -171,7 +183,12 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, evaluations: Se
     evaluations: each agent's on the whole test set, of_average: of the plain average of all models; test_parts: the
     test images that go with each agent's data; began: `time.perf_counter()` at the phase's start; stats: of the last
     local epoch, if there was one; per_agent: further columns of metrics.csv, one value for each agent.
+    Raises Diverged, before anything is written, when an agent's loss is not finite.
     """
+    for i, evaluation in enumerate(evaluations):
+        if not math.isfinite(evaluation.loss):
+            raise Diverged(f"agent {i}, iteration {iteration} ({phase}): the test loss is {evaluation.loss}; "
+                           "the run folder keeps what was finished before")
     matrix = np.array([[e.accuracy(part) for part in test_parts] + [e.accuracy()] for e in evaluations])
     seconds = time.perf_counter() - began
     folder.record(iteration, phase, [{
@@ -181,6 +198,5 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, evaluations: Se
         "seconds": round(seconds, 3), **{key: values[i] for key, values in per_agent.items()},
     } for i, e in enumerate(evaluations)], matrix)
     accuracy = matrix[:, -1]
-    print(f"iteration {iteration:>3} {phase:<7}: test accuracy {accuracy.mean():6.2f} % "
-          f"({accuracy.min():.2f} to {accuracy.max():.2f}), consensus distance {consensus_distance:.3f}, "
-          f"{seconds:.1f} s", flush=True)
+    say(f"iteration {iteration:>3} {phase:<7}: test accuracy {accuracy.mean():6.2f} % "
+        f"({accuracy.min():.2f} to {accuracy.max():.2f}), consensus distance {consensus_distance:.3f}, {seconds:.1f} s")

@@ -258,7 +258,7 @@ def make_topology(name: str | Path, num_agents: int, seed: int = 0) -> Topology:
     known = TOPOLOGIES | DIRECTED
     if str(name) in known:
         return known[str(name)](num_agents, seed)
-    if Path(name).suffix == ".json":
+    if Path(name).suffix.lower() == ".json":
         return _load(Path(name), num_agents)
     raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(known)}, or a .json file")
 
@@ -269,7 +269,7 @@ def _load(path: Path, num_agents: int) -> Topology:
         raise FileNotFoundError(f"topology file {path} does not exist")
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")), path.stem, num_agents)
-    except ValueError as error:  # json's and unicode's errors are ValueErrors too
+    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors too
         raise ValueError(f"topology file {path}: {error}") from error
 
 
@@ -277,7 +277,7 @@ def _parse(content: Any, default_name: str, num_agents: int) -> Topology:
     if not isinstance(content, dict) or "connectivity" not in content:
         raise ValueError("there is no 'connectivity' (expected keys: graph_type, num_agents, connectivity, pi)")
     if content.get("num_agents", num_agents) != num_agents:
-        raise ValueError(f"num_agents is {content['num_agents']}, but there are {num_agents} agents")
+        raise ValueError(f"num_agents is {content['num_agents']!r}, but there are {num_agents} agents")
 
     given = _matrix(content["connectivity"], "connectivity", num_agents)
     if not np.isin(given, (0, 1)).all():

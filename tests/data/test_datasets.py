@@ -285,7 +285,16 @@ def test_tiny_imagenet_errors_name_the_file(tmp_path):
     Image.new("RGB", (8, 8)).save(odd)
     with pytest.raises(ValueError, match=r"odd.JPEG is 8x8, .* is 16x16"):
         load_dataset("tinyimgnt", tmp_path, root)
+    odd.write_bytes(odd.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"odd.JPEG can't be decoded"):
+        load_dataset("tinyimgnt", tmp_path, root)
     odd.unlink()
+    annotations = root / "val" / "val_annotations.txt"
+    before = annotations.read_text()
+    annotations.write_text(before + "lonely.JPEG\n")
+    with pytest.raises(ValueError, match=r"val_annotations.txt, line \d+: 'lonely.JPEG' has no class"):
+        load_dataset("tinyimgnt", tmp_path, root)
+    annotations.write_text(before)
     (root / "wnids.txt").write_text("n03 n01 n02 n44")
     with pytest.raises(FileNotFoundError, match="no images of class n44"):
         load_dataset("tinyimgnt", tmp_path, root)

@@ -146,10 +146,10 @@ def test_blocks_give_the_same_matches_in_more_passes(spec, capsys):
     edges = [(0, 1), (1, 2), (2, 3), (3, 0)]
     whole, parts = Counting(images()), Counting(images())
     expected = match_activations(spec, model, states, edges, whole, at="last")
-    assert whole.passes == 1 and "blocks" not in capsys.readouterr().err
+    assert whole.passes == 1 and "blocks" not in capsys.readouterr().out
     per_edge = 8 * sum(size**2 for size in spec.sizes.values())
     found = match_activations(spec, model, states, edges, parts, at="last", match_memory=3 * per_edge)
-    assert parts.passes == 2 and "2 blocks" in capsys.readouterr().err
+    assert parts.passes == 2 and "2 blocks" in capsys.readouterr().out
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[edge][g], expected[edge][g]) for edge in found for g in spec.sizes)
 

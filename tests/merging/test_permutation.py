@@ -377,6 +377,13 @@ REFUSED = {
 }
 
 
+def test_hooks_which_a_trace_does_not_show_are_refused():
+    model = Plain()
+    model[4].register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(UnsupportedOperation, match="module '4' has forward hooks"):
+        derive_spec(model, torch.empty(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("operation", REFUSED)
 def test_an_operation_without_a_rule_is_named(operation):
     with pytest.raises(UnsupportedOperation, match=rf"node '\w+'.*{operation}"):

@@ -111,7 +111,7 @@ def test_without_a_seed_models_follow_the_global_generator():
 
 @pytest.mark.parametrize(
     ("name", "width", "inferred"),
-    [("resnet20", 3, 3), ("vgg16", 2, 2), ("resnet50", 4, 1), ("tv:squeezenet1_1", 4, 1)],
+    [("resnet20", 3, 3), ("vgg16", 2, 2), ("resnet50", 4, None), ("tv:squeezenet1_1", 4, None)],
 )
 def test_the_width_is_read_from_a_state_dict(name, width, inferred):
     state = build_model(name, 10, in_channels=1, width_multiplier=width).state_dict()

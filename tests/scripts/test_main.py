@@ -153,6 +153,59 @@ def test_options_without_effect_do_not_matter(checkpoints, tmp_path):
     assert "finished before" in script("main", *command, "--match_samples=5", cwd=tmp_path).stdout
 
 
+def test_without_training_its_options_do_not_matter(checkpoints, tmp_path):
+    flags = [flag for flag in RUN if flag not in ("--training", "--epochs=1")]
+    command = [*flags, f"--ckp={checkpoints}", "--merg_itr=1"]
+    script("main", *command, cwd=tmp_path)
+    for flag in ("--epochs=3", "--lr=0.1"):
+        assert "finished before" in script("main", *command, flag, cwd=tmp_path).stdout
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_agent_named(checkpoints, tmp_path):
+    copy = broken(checkpoints, tmp_path, lambda _, state: state["linear.weight"].fill_(3e38))
+    result = script("main", *RUN, f"--ckp={copy}", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "agent 1, iteration 0 (initial): the test loss is" in result.stderr
+    diverging = script("main", *RUN, f"--ckp={checkpoints}", "--lr=1e30", cwd=tmp_path, check=False)
+    assert diverging.returncode == 2 and "agent 0, iteration 1" in diverging.stderr
+
+
+def test_half_precision_checkpoints_are_read(checkpoints, tmp_path):
+    def halve(copy, state):
+        state.update({k: t.half() if t.is_floating_point() else t for k, t in state.items()})
+
+    script("main", *RUN, f"--ckp={broken(checkpoints, tmp_path, halve)}", "--merg_itr=1", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "train_samples: abc"])
+def test_a_broken_config_of_a_checkpoint_is_named(checkpoints, tmp_path, text):
+    copy = broken(checkpoints, tmp_path, lambda *_: None)
+    (copy / "config.yaml").write_text(text)
+    result = script("main", *RUN, f"--ckp={copy}", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "config.yaml" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_kept_iteration_outlives_a_truncated_state(uninterrupted, checkpoints, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[9], home)
+    state = home / uninterrupted.relative_to(uninterrupted.parents[9]) / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    assert "state.pt" in script("main", *command, "--resume", cwd=home, check=False).stderr
+    equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
+
+
+def test_state_pt_alone_says_what_is_finished(uninterrupted, checkpoints, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[9], home)
+    folder = home / uninterrupted.relative_to(uninterrupted.parents[9])
+    shutil.copy(folder / "states/iteration_0002.pt", folder / "state.pt")  # killed before 3 was committed
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    assert "there is [1, 2]" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
+    # and what a longer run had begun is dropped when a shorter one is called finished
+    assert "finished before" in script("main", *command, "--merg_itr=2", "--resume", cwd=home).stdout
+    assert [row["phase"] for row in rows_of(folder)][-1] == "trained" and rows_of(folder)[-1]["iteration"] == "2"
+
+
 def test_random_models_learn_on_the_checkpoints_data(checkpoints, tmp_path):
     command = [*RUN, "--merg_itr=1", "--opt=NONE", "--randominit=True", f"--ckp={checkpoints}"]
     folder = folder_of(script("main", *command, cwd=tmp_path), tmp_path)
@@ -220,7 +273,8 @@ def test_bad_checkpoints_are_named_before_work(checkpoints, tmp_path, change, wo
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--ckp=nowhere"], "nowhere"), (["--dataset=mnist"], "--dataset mnist"), (["--model=vgg16"], "--model vgg16"),
+    (["--randominit", "--num_models=3"], "--num_models 3"), (["--ckp=nowhere"], "nowhere"),
+    (["--dataset=mnist"], "--dataset mnist"), (["--model=vgg16"], "--model vgg16"),
     (["--data_dist=non-iid"], "--data_dist"), (["--topology=ring"], "--exp"),
     (["--diffinit=True"], "--diffinit"), (["--results_dir=/proc/nowhere"], "/proc/nowhere")])
 def test_contradictions_are_named_before_work(checkpoints, tmp_path, flags, word):

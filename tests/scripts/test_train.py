@@ -94,6 +94,20 @@ def test_divergence_stops_with_the_agent_named(tmp_path):
     assert result.returncode == 2 and "agent 0, epoch" in result.stderr
 
 
+def test_a_model_that_only_answers_nan_is_not_kept(tmp_path):
+    """After the last step nothing looks at the training loss again."""
+    flags = ["--lr=1e30", "--epochs=1", "--batch_size=1000"]
+    result = script("train", *RUN, *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "agent 0" in result.stderr
+    assert not list(tmp_path.glob("**/model_*.pth"))
+
+
+def test_options_without_effect_do_not_matter(tmp_path):
+    folders = [folder_of(script("train", *TINY, "--num_models=1", "--epochs=0", *flags, cwd=tmp_path), tmp_path)
+               for flags in ([], ["--phase=finetune"], ["--partition_seed=0"])]
+    assert len(set(folders)) == 1
+
+
 def test_wrecked_models_are_not_kept(tmp_path):
     """One step, after which nothing looks at the loss again."""
     flags = ["--optim=sgd", "--lr=1e38", "--weight_decay=1e38", "--epochs=1", "--batch_size=1000"]

@@ -34,7 +34,8 @@ def test_the_documented_command_parses():
     assert (o.training, o.randominit, o.diffinit, o.epochs, o.exp) == (True, False, False, 2, 1)
 
 
-@pytest.mark.parametrize("flag", ["--num_models=0", "--lr=0", "--lr=-1", "--epochs=x", "--opt=FOO", "--exp=9"])
+@pytest.mark.parametrize("flag", ["--num_models=0", "--lr=0", "--lr=inf", "--match_memory=inf",
+                                  "--lr=-1", "--epochs=x", "--opt=FOO", "--exp=9"])
 def test_values_out_of_range_name_the_option(flag, capsys):
     with pytest.raises(SystemExit):
         main_options(flag)
@@ -62,10 +63,11 @@ def test_a_topology_on_the_command_line_overrides_the_files_number(tmp_path):
     assert (o.exp, o.topology) == (None, "ring")
 
 
-@pytest.mark.parametrize("text", ["epoch: 7\n", "- 1\n", "epochs: [\n", "epochs: many\n"])
+@pytest.mark.parametrize("text", [b"epoch: 7", b"- 1", b"[]", b"config: other.yaml", b"epochs: [", b"epochs: many",
+                                  b"lr: \xff"])
 def test_a_faulty_config_file_is_an_error(tmp_path, text):
     file = tmp_path / "c.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(SystemExit):
         main_options(f"--config={file}")
 
@@ -77,5 +79,6 @@ def test_opt_is_the_optimiser_in_train():
 
 def test_a_device_that_is_not_there_is_named():
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="cuda:77"):
-        pick_device("cuda:77")
+    for name in ("cuda:77", "meta"):
+        with pytest.raises(ValueError, match=name):
+            pick_device(name)
