@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -30,6 +29,7 @@ from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse, pick_device
 from utils.progress import progress
 from utils.results import RunFolder, consensus_distance, record_agents, run_folder
+from utils.scripts import run_script
 from utils.seeds import generator
 from utils.topology import EXPS, TOPOLOGIES, Topology, make_topology
 
@@ -278,18 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     o = parse(main_parser(DATASETS, MODELS, PARTITIONS, methods, TOPOLOGIES, EXPS), argv)
     command = shlex.join(sys.argv if argv is None else ["main.py", *argv])
-    try:
-        folder = run(o, command)
-    except (ValueError, OSError, training.Diverged) as error:
-        if os.environ.get("DIMAT_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; give the same command with --resume (without --overwrite) to continue", file=sys.stderr)
-        return 130
-    print(f"results: {folder}")
-    return 0
+    return run_script(lambda: run(o, command), "results",
+                      "give the same command with --resume (without --overwrite)")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import shlex
 import sys
 from argparse import Namespace
@@ -25,6 +24,7 @@ from utils.files import circumstances, claim, clear, load_tensors, load_yaml, sa
 from utils.memory import keep_freed_memory
 from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
+from utils.scripts import run_script
 from utils.seeds import generator
 
 EVAL_BATCH = 500
@@ -205,18 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     options = parse(train_parser(DATASETS, MODELS, PARTITIONS), argv)
     command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
-    try:
-        folder = run(options, command)
-    except (ValueError, OSError, training.Diverged) as error:
-        if os.environ.get("DIMAT_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; give the same command again (without --overwrite) to continue", file=sys.stderr)
-        return 130
-    print(f"checkpoints: {folder}")
-    return 0
+    return run_script(lambda: run(options, command), "checkpoints",
+                      "give the same command again (without --overwrite)")
 
 
 if __name__ == "__main__":
