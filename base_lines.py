@@ -40,11 +40,12 @@ from utils.distributed import (
     connect,
     is_launched,
     is_restart,
+    launch,
     leave,
     local_device,
     rank,
 )
-from utils.files import BASELINE_REFERENCE, circumstances
+from utils.files import BASELINE_REFERENCE, circumstances, load_yaml
 from utils.memory import keep_freed_memory
 from utils.options import base_lines_parser, parse, pick_device
 from utils.progress import progress
@@ -75,7 +76,7 @@ class Fleet:
         settings = Settings(o.lr * o.lr_decay ** (epoch - 1), o.momentum or 0.0, o.cga_form, o.cga_scope)
         for agent in self.agents.values():
             agent.forget_stats()
-        for _ in progress(range(self.steps_per_epoch), f"epoch {epoch}", unit="step"):
+        for _ in progress(range(self.steps_per_epoch), f"epoch {epoch}", total=self.steps_per_epoch, unit="step"):
             pi = self.topology.weights(self.step)
             hoods = {i: neighbourhood(pi, i) for i in self.agents}
             take_step(self.baseline, self.agents, hoods, settings, self.network)
@@ -101,9 +102,9 @@ def batch_stream(o: Namespace, dataset: Dataset, indices: np.ndarray, agent: int
 
 
 def steps_of_an_epoch(train_parts: list[np.ndarray], batch_size: int) -> int:
-    """The same for everybody: as many as it takes to go through as many images as all agents have together.
+    """The same for everybody: as many full batches as it takes for as many images as all agents have together.
 
-    Agents with fewer images than the mean see them more than once in an epoch, those with more not all of them.
+    Agents with fewer images than the mean see them more often than once in an epoch, those with more not all of them.
     """
     return math.ceil(sum(map(len, train_parts)) / (len(train_parts) * batch_size))
 
@@ -165,11 +166,11 @@ def settle(o: Namespace) -> tuple[Path | None, dict, list[State], Topology]:
     if o.amp == "fp16":
         raise ValueError("--amp fp16 needs its loss scaled, which the baselines don't do: use bf16")
     o.momentum = (0.9 if o.momentum is None else o.momentum) if baseline.momentum else None
-    o.cga_scope = o.cga_scope or ("tensor" if o.cga_form == "authors" else "model")
-    if o.opt != "CGA":
-        o.cga_form = o.cga_scope = None
-    o.resume = o.resume or is_restart()
-    o.overwrite = o.overwrite and not is_restart()
+    if o.opt == "CGA":
+        o.cga_form = o.cga_form or "paper"
+        o.cga_scope = o.cga_scope or ("tensor" if o.cga_form == "authors" else "model")
+    elif o.cga_form or o.cga_scope:
+        raise ValueError(f"--cga_form and --cga_scope belong to --opt=CGA, not to {o.opt}")
     o.merg_itr, o.merg_itr_init, o.training, o.optim = o.epochs // o.num_epochs, 0, True, "sgd"
     ckp, made_with, loaded = settle_options(o)
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
@@ -177,6 +178,9 @@ def settle(o: Namespace) -> tuple[Path | None, dict, list[State], Topology]:
         able = ", ".join(name for name, other in BASELINES.items() if other.directed)
         raise ValueError(f"--topology {o.topology} has one-way edges, over which {o.opt} is not made to average: "
                          f"use {able}, or another topology")
+    if topology.directed and not (topology.is_connected and all(topology.pi.diagonal() > 0)):
+        raise ValueError(f"--topology {o.topology}: on one-way edges every agent must reach every other and keep a "
+                         "share of its own (pi[i][i] > 0), or push-sum divides by nothing")
     return ckp, made_with, loaded, topology
 
 
@@ -194,13 +198,17 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         if not network.is_writer:
             return None
         config = {k: v for k, v in vars(o).items() if k != "optim"} | circumstances(command)
-        config |= {"initial_models": digest(states), "processes": o.num_models if is_launched() else 1}
+        config |= {"initial_models": digest(states), "processes": o.num_models if is_launched() else 1,
+                   "launch": launch() if is_launched() else None,
+                   "memory_layout": str(training.memory_format(device))}  # the order of entries in an agent's memory
         matter = {**config, **start_that_matters(o, made_with)}
         if Path(o.topology).suffix.lower() == ".json":
             config["pi"] = topology.pi.tolist()  # the file may change
         free = {"epochs", *(key for key, value in matter.items() if value is None)}
         path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
-        return RunFolder(path, config, free=free, resume=o.resume, start=0, overwrite=o.overwrite)
+        goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
+        return RunFolder(path, config, free=free, resume=o.resume or goes_on, start=0,
+                         overwrite=o.overwrite and not goes_on)
 
     made_with, states, topology, train_parts, test_parts, trainer = network.together(prepare)
     folder = network.together(open_folder)
@@ -285,6 +293,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)
+    except (KeyboardInterrupt, BrokenPipeError):
+        code = 130
+        if rank() == 0:
+            print("\nstopped; give the same command with --resume (without --overwrite) to continue", file=sys.stderr)
     except (ValueError, OSError, training.Diverged, NeighbourLost) as error:
         if os.environ.get("DIMAT_DEBUG"):
             raise
@@ -292,10 +304,6 @@ def main(argv: list[str] | None = None) -> int:
         if rank() and isinstance(error, (ValueError, OSError)):
             time.sleep(3)  # most likely every process fails alike: the launcher ends this one when the first has spoken
         print(f"error: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        code = 130
-        if rank() == 0:
-            print("\nstopped; give the same command with --resume (without --overwrite) to continue", file=sys.stderr)
     if code:
         leave(code)
     elif rank() == 0:

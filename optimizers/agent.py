@@ -111,8 +111,11 @@ class Agent:
         flat.module.train()
         flat.gradient.zero_()
         torch.manual_seed(generator(self.seed, self.index, self.steps, f"step of {owner}").initial_seed())  # dropout
-        with autocast(flat.vector.device, self.amp):
-            loss, right = self.loss(flat.forward, self.batch)
+        try:
+            with autocast(flat.vector.device, self.amp):
+                loss, right = self.loss(flat.forward, self.batch)
+        except ValueError as error:  # BatchNorm can't be trained on one value per channel
+            raise ValueError(f"agent {self.index}, a batch of {len(self.batch[0])} images: {error}") from error
         loss.backward()
         if self.weight_decay:
             flat.gradient.add_(flat.vector[: flat.num_parameters], alpha=self.weight_decay)

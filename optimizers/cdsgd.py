@@ -25,7 +25,10 @@ def cdsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
 
 @register_baseline("CDMSGD", momentum=True)
 def cdmsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
-    """v_i <- momentum v_i + g_i(x_i);  x_i <- sum_j pi_ij x_j - lr v_i: CDSGD with a heavy ball."""
+    """v_i <- momentum v_i + g_i(x_i);  x_i <- sum_j pi_ij x_j - lr v_i: CDSGD with the heavy ball of CGA.
+
+    Momentum for CDSGD comes from the same paper, where it has several forms.
+    """
     arriving = yield hood.send(agent.shared)
     g = agent.gradient()
     v = heavy_ball(agent, g, s.momentum)

@@ -68,6 +68,8 @@ def project(g: Tensor, rows: Sequence[Tensor], margin: float = 0.0, sizes: Seque
 
 def _multipliers(gram: np.ndarray, margin: float) -> np.ndarray:
     """u (m,) from the inner products (m + 1, m + 1) of the rows and, last, g."""
+    if not np.isfinite(gram).all():
+        return np.full(len(gram) - 1, np.nan)  # the agent notices that it has diverged
     change = np.eye(len(gram))
     change[-1, :-1] = margin  # the last vector becomes h
     gram = change @ gram @ change.T
@@ -80,6 +82,6 @@ def _multipliers(gram: np.ndarray, margin: float) -> np.ndarray:
     gram = gram[np.ix_(alive, alive)] / np.outer(lengths[alive], lengths[alive])
     values, vectors = np.linalg.eigh(gram)
     root = np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T  # columns with the same inner products
-    s = nnls(root[:, :-1], -root[:, -1])[0]
+    s = nnls(root[:, :-1], -root[:, -1], maxiter=100 * len(gram))[0]
     u[alive[:-1]] += s * lengths[-1] / lengths[alive[:-1]]
     return u

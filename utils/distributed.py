@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ class Arriving(Protocol):
     """What is on its way to an agent."""
 
     def wait(self) -> dict[int, Tensor]:
-        """source -> vector, the receiver's own; returns when all of them are there."""
+        """source -> vector, to be read only; returns when all of them are there."""
 
 
 class NeighbourLost(RuntimeError):
@@ -131,7 +132,7 @@ class ManyProcesses(Network):
         staged: dict[int, Tensor] = {}
         for vector in mail.to.values():
             if id(vector) not in staged:
-                staged[id(vector)] = self._empty(vector).copy_(vector, non_blocking=True)
+                staged[id(vector)] = self._empty(vector).copy_(vector, non_blocking=self.device.type == "cuda")
         if self.through_cpu and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the copies must be whole before they leave
         arrivals = {j: self._empty(mail.like) for j in mail.sources}
@@ -147,6 +148,15 @@ class ManyProcesses(Network):
             names = [all_of_them] * len(works)
         return {self.rank: _OnItsWay(self, arrivals, list(zip(names, works, strict=True)), list(staged.values()))}
 
+    @contextlib.contextmanager
+    def _everybody(self) -> Iterator[None]:
+        """Around what all processes do together."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost("all other agents", error, time.monotonic() - began) from None
+
     def _empty(self, like: Tensor) -> Tensor:
         if not self.through_cpu:
             return torch.empty_like(like)
@@ -160,13 +170,15 @@ class ManyProcesses(Network):
 
     def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
         everyone = [None] * dist.get_world_size() if self.is_writer else None
-        dist.gather_object(things[self.rank], everyone, dst=0, group=self.control)
+        with self._everybody():
+            dist.gather_object(things[self.rank], everyone, dst=0, group=self.control)
         return dict(enumerate(everyone)) if self.is_writer else {}
 
     def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
         mine = [None]
         everyone = [things[i] for i in range(dist.get_world_size())] if self.is_writer else None
-        dist.scatter_object_list(mine, everyone, src=0, group=self.control)
+        with self._everybody():
+            dist.scatter_object_list(mine, everyone, src=0, group=self.control)
         return {self.rank: mine[0]}
 
     def together(self, prepare: Callable[[], Any]) -> Any:
@@ -176,7 +188,8 @@ class ManyProcesses(Network):
         except (ValueError, OSError) as error:
             failure = str(error)
         failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure, group=self.control)
+        with self._everybody():
+            dist.all_gather_object(failures, failure, group=self.control)
         if reason := next(filter(None, failures), None):
             raise Refused(reason)
         return result
@@ -199,7 +212,8 @@ class _OnItsWay:
                 raise self.network._lost(name, error, time.monotonic() - began) from None
         if not self.network.through_cpu:
             return self.arrivals
-        return {j: vector.to(self.network.device, non_blocking=True) for j, vector in self.arrivals.items()}
+        device = self.network.device
+        return {j: v.to(device, non_blocking=device.type == "cuda") for j, v in self.arrivals.items()}
 
 
 # Joining the other processes
@@ -215,12 +229,19 @@ def rank() -> int:
 
 
 def is_restart() -> bool:
-    """Whether the launcher has started this group again after a failure (--max-restarts)."""
+    """Whether the launcher has started this group again after a failure (--max-restarts, on one machine)."""
     return is_launched() and _restarts() > 0
 
 
 def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    """On several machines each launcher counts for itself, so that the numbers say nothing."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if one_machine else 0
+
+
+def launch() -> str:
+    """A name for what this process's launcher does, the same through all its restarts."""
+    return f"{os.getppid()}-{_start_time(os.getppid())}"
 
 
 def local_device(name: str) -> str:
@@ -230,13 +251,17 @@ def local_device(name: str) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def pick_backend(name: str, device: torch.device) -> str:
-    """nccl where each process of this node has a GPU of its own, else gloo. Raises ValueError where nccl can't be."""
-    own_gpu = device.type == "cuda" and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    able = own_gpu and dist.is_nccl_available()
+def pick_backend(name: str, device: torch.device, store: dist.Store, world: int) -> str:
+    """nccl where every process has a GPU to itself, else gloo; all decide alike. ValueError where nccl can't be."""
+    mine = "none"
+    if device.type == "cuda" and dist.is_nccl_available():
+        mine = f"{socket.gethostname()} {getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
+    store.set(f"gpu of {rank()}", mine)
+    gpus = [store.get(f"gpu of {k}").decode() for k in range(world)]
+    able = "none" not in gpus and len(set(gpus)) == world
     if name == "nccl" and not able:
-        raise ValueError("--backend nccl needs a GPU for every agent of a machine: use gloo")
-    return "nccl" if name == "nccl" or (name == "auto" and able) else "gloo"
+        raise ValueError("--backend nccl needs a GPU of its own for every agent: use gloo")
+    return "nccl" if able and name != "gloo" else "gloo"
 
 
 @contextlib.contextmanager
@@ -246,6 +271,8 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
     Raises ValueError when the launcher's processes are not one for each agent, or can't find each other.
     """
     if not is_launched():
+        if backend == "nccl":
+            raise ValueError("--backend nccl is for launched processes: there is one here, which needs none")
         yield OneProcess(num_agents)
         return
     limit = timedelta(seconds=timeout)
@@ -253,26 +280,37 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
     if world != num_agents:
         raise ValueError(f"{world} processes for --num_models {num_agents}: launch one for each agent "
                          f"(--nproc_per_node={num_agents}), or none")
-    where = _meeting_place()
+    file = _meeting_file()
+    try:
+        network = _join(file, device, backend, limit, world)
+        yield network
+        dist.destroy_process_group()
+    finally:
+        if file and rank() == 0:
+            file.unlink(missing_ok=True)
+
+
+def _join(file: Path | None, device: torch.device, backend: str, limit: timedelta, world: int) -> ManyProcesses:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     try:
-        store, _, _ = next(rendezvous(where or "env://", rank(), world, timeout=limit))
+        if file:
+            store = dist.FileStore(str(file), world)
+            store.set_timeout(limit)
+        else:
+            store, _, _ = next(rendezvous("env://", rank(), world, timeout=limit))
         # A group that is started again meets at the same store, where it must not find the dead group's addresses.
         store = dist.PrefixStore(f"restart {_restarts()}", store)
-        dist.init_process_group(pick_backend(backend, device), store=store, rank=rank(), world_size=world,
-                                timeout=limit)
-    except (RuntimeError, ValueError) as error:  # torch's own DistNetworkError and the like are RuntimeErrors
-        place = where or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        chosen = pick_backend(backend, device, store, world)
+        dist.init_process_group(chosen, store=store, rank=rank(), world_size=world, timeout=limit)
+        network = ManyProcesses(device, limit)
+        if chosen == "nccl":
+            dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
+        dist.barrier(group=network.control)
+    except RuntimeError as error:  # torch's own DistNetworkError and the like are RuntimeErrors
+        place = file or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(f"the {world} processes did not find each other at {place}: {_first_line(error)}") from None
-    network = ManyProcesses(device, limit)
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
-    dist.barrier(group=network.control)  # all are there: nobody needs the file any more
-    if where and rank() == 0:
-        Path(where.removeprefix("file://")).unlink(missing_ok=True)
-    yield network
-    dist.destroy_process_group()
+    return network
 
 
 def _first_line(error: Exception) -> str:
@@ -281,8 +319,8 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"^\[\S+\] ", "", line).partition(". This is")[0]
 
 
-def _meeting_place() -> str | None:
-    """Where the processes meet: None for what the launcher set up.
+def _meeting_file() -> Path | None:
+    """Where the processes meet; None: where the launcher says.
 
     `torch.distributed.launch --master_port 0` tells its workers port 0, on which nobody can meet. They are children of
     one launcher then: a file that is named after it serves, as no other group of workers has the same.
@@ -293,8 +331,7 @@ def _meeting_place() -> str | None:
         raise ValueError("--master_port 0 works on one machine only: give the port on which several shall meet")
     home = Path(tempfile.gettempdir()) / f"dimat-{getattr(os, 'getuid', int)()}"
     home.mkdir(mode=0o700, exist_ok=True)
-    launcher = os.getppid()
-    return (home / f"launcher-{launcher}-{_start_time(launcher)}-restart-{_restarts()}").as_uri()
+    return home / f"launcher-{launch()}-restart-{_restarts()}"
 
 
 def _start_time(process: int) -> str:

@@ -202,9 +202,9 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
                    help="CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: "
                         "stochastic gradient push; CGA: cross-gradient aggregation")
     topology_options(g, topologies, exps)
-    g.add_argument("--cga_form", choices=cga_forms, default="paper",
+    g.add_argument("--cga_form", choices=cga_forms, default=None,
                    help="CGA's projection and momentum: the paper's, or the published code's (rows weighted by pi, "
-                        "margin 0.5, Nesterov-like)")
+                        "margin 0.5, Nesterov-like) (default: paper)")
     g.add_argument("--cga_scope", choices=cga_scopes, default=None,
                    help="CGA projects the whole gradient or each tensor's (default: model; authors' form: tensor)")
     _flag(g, "--mix_buffers", default=True, help="mix BatchNorm's statistics like the parameters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -15,5 +16,9 @@ def say(text: str) -> None:
 
 
 def progress(iterable: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterable:
-    """Wrap `iterable` in a transient tqdm bar on stderr; no bar when stderr is not a terminal."""
-    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
+    """Wrap `iterable` in a transient tqdm bar on stderr; no bar when stderr is not a terminal.
+
+    Of several launched processes only the first draws bars.
+    """
+    seen = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return tqdm(iterable, desc=desc, total=total, unit=unit, leave=False, disable=not seen)

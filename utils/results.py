@@ -29,7 +29,7 @@ METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_a
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
-        "local_rank", "processes"}
+        "local_rank", "processes", "launch"}
 
 
 def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:

@@ -151,7 +151,8 @@ def test_agents_start_from_their_checkpoints(checkpoints, tmp_path):
 @pytest.mark.parametrize(("flags", "word"), [
     (["--momentum=0.5"], "--momentum 0.5"), (["--epochs=3", "--num_epochs=2"], "--num_epochs 2"),
     (["--topology=directed_ring", "--exp=2"], "--exp"), (["--amp=fp16"], "--amp"), (["--ckp=nowhere"], "nowhere"),
-    (["--lr=1e30"], "agent 0")])
+    (["--lr=1e30"], "agent 0"), (["--lr=1e30", "--opt=CGA"], "agent 0"), (["--cga_form=authors"], "--cga_form"),
+    (["--backend=nccl"], "--backend nccl")])
 def test_errors_are_one_line(tmp_path, flags, word):
     result = script("base_lines", *RUN, *flags, cwd=tmp_path, check=False)
     assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr
@@ -168,6 +169,11 @@ def test_one_way_graphs_are_for_methods_that_can(tmp_path):
         refused = script("base_lines", *one_way, "--opt=CDSGD", cwd=tmp_path, check=False)
         assert refused.returncode == 2 and "one-way" in refused.stderr and "SGP" in refused.stderr
         script("base_lines", *one_way, "--opt=SGP", cwd=tmp_path)
+    dead_end = np.zeros((3, 3), dtype=bool)
+    dead_end[1, 0] = dead_end[2, 1] = True
+    (tmp_path / "own.json").write_text(Topology("own", dead_end, push_weights(dead_end), directed=True).to_json())
+    result = script("base_lines", *flags, "--topology=own.json", "--opt=SGP", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "reach every other" in result.stderr
     merging = [*TINY, "--num_models=3", "--randominit", "--merg_itr=1", "--topology=own.json"]
     assert "one-way" in script("main", *merging, cwd=tmp_path, check=False).stderr
 
@@ -196,10 +202,12 @@ def test_everybody_takes_the_same_steps_and_streams_go_on():
 def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_path):
     """torch.distributed.launch --master_port 0, which tells its workers a port on which nobody can meet."""
     launcher = ("torch.distributed.launch", "--master_port", "0", "--nnodes", "1", "--nproc_per_node=3")
-    code, log = finished(*launcher, arguments=[*RUN, "--opt=CDMSGD"], home=tmp_path)
+    home = tmp_path / "with a space"  # where the processes meet, too
+    home.mkdir()
+    code, log = finished(*launcher, arguments=[*RUN, "--opt=CDMSGD"], home=home)
     assert code == 0, log
-    equal_runs(uninterrupted, folder_of(log, tmp_path))
-    assert not list(tmp_path.glob("dimat-*/*"))
+    equal_runs(uninterrupted, folder_of(log, home))
+    assert not list(home.glob("dimat-*/*"))
 
 
 @pytest.mark.slow
