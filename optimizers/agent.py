@@ -65,8 +65,8 @@ class Agent:
     """What a step works on.
 
     x: the model as a vector, parameters first, buffers after them. parameters: its part of P entries. shared: what is
-    mixed with the neighbours', all of it or (`mix_buffers=False`) the parameters. memory: named vectors that a method
-    keeps from step to step; they are saved with the agent's state.
+    mixed with the neighbours', all of it or (`mix_buffers=False`) the parameters; buffers: the rest of that. memory:
+    named vectors that a method keeps from step to step; they are saved with the agent's state.
 
     flat: the agent's own model; batches: an endless stream of them; loss(forward, batch) -> (scalar, number of correct
     answers); scratch: a model to take cross-gradients in, which all agents of a process may share.
@@ -80,6 +80,7 @@ class Agent:
         self.x = flat.vector
         self.parameters = self.x[: flat.num_parameters]
         self.shared = self.x if mix_buffers else self.parameters
+        self.buffers = self.shared[flat.num_parameters :]
         self.memory: dict[str, Tensor] = {}
         self.steps = self.samples = 0
         self.batch: Batch = ()

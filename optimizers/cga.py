@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from optimizers.agent import Agent
-from optimizers.cdsgd import heavy_ball
+from optimizers.cdsgd import combine, heavy_ball
 from optimizers.registry import Neighbourhood, Settings, Step, register_baseline
 from utils.distributed import Mail
 
@@ -31,6 +31,7 @@ def cga(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     Source: Esfandiari et al. 2021 (arXiv 2103.02051), Algorithm 1.
     """
     arriving = yield hood.send(agent.shared)
+    buffers = agent.buffers.clone()
     g = agent.gradient()
     models = arriving.wait()
     crossed = {j: agent.cross_gradient(x, owner=j) for j, x in models.items()}
@@ -44,7 +45,7 @@ def cga(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     projected = project(g, rows, margin=MARGIN if weighted else 0.0,
                         sizes=agent.flat.sizes if s.cga_scope == "tensor" else None)
     v = heavy_ball(agent, projected, s.momentum)
-    hood.mix(agent.shared, models)
+    combine(agent, hood, models, buffers)
     agent.parameters.sub_(projected + s.momentum * v if weighted else v, alpha=s.lr)
 
 

@@ -22,10 +22,10 @@ def sgp(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     if "push" not in agent.memory:
         agent.memory["push"] = torch.cat([z, z.new_ones(1)])
     push = agent.memory["push"]
-    x, w, buffers = push[:-1], push[-1:], slice(len(agent.parameters), len(z))
+    x, w = push[:-1], push[-1:]
     g = agent.gradient()
     x[: len(g)].sub_(g, alpha=s.lr)
-    x[buffers] = z[buffers] * w
+    torch.mul(agent.buffers, w, out=x[len(g) :])
     arriving = yield hood.send(push)
     hood.mix(push, arriving.wait())
     torch.div(x, w, out=z)

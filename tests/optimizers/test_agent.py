@@ -121,9 +121,9 @@ def test_buffers_are_mixed_or_left_alone(name):
         step_of(name, agents, pi)
         for i, agent in agents.items():
             found = agent.x[agent.flat.num_parameters :]
-            # Combine-then-adapt methods send their models before the batch is seen; nobody waits for later statistics.
-            sent = after if name in ("DPSGD", "SGP") else [start] * 3
-            expected = sum(pi[i, j] * (after[i] if j == i else sent[j]) for j in range(3)) if mixed else after[i]
+            # Combine-then-adapt methods send their models before the batch is seen: what it changes comes on top.
+            sent, change = (after, 0) if name in ("DPSGD", "SGP") else ([start] * 3, after[i] - start)
+            expected = sum(pi[i, j] * sent[j] for j in range(3)) + change if mixed else after[i]
             torch.testing.assert_close(found, expected.float())
 
 
