@@ -7,7 +7,7 @@ import pytest
 
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology, metropolis_hastings, push_weights
 
-# paper-facts: second-largest |eigenvalue| at these numbers of agents
+# Second-largest |eigenvalue| at these numbers of agents
 PAPER_AGENTS = (2, 3, 5, 10, 20)
 PAPER_EIGENVALUES = {
     "ring": (0, 0, 0.539, 0.873, 0.967),
