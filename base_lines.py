@@ -7,7 +7,6 @@ import copy
 import io
 import itertools
 import math
-import os
 import shlex
 import sys
 import time
@@ -34,9 +33,7 @@ from utils import training
 from utils.checkpoint import digest
 from utils.distributed import (
     BACKENDS,
-    NeighbourLost,
     Network,
-    Refused,
     connect,
     is_launched,
     is_restart,
@@ -50,6 +47,7 @@ from utils.memory import keep_freed_memory
 from utils.options import base_lines_parser, parse, pick_device
 from utils.progress import progress
 from utils.results import RunFolder, consensus_distance, record_agents, run_folder
+from utils.scripts import run_script
 from utils.seeds import generator
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
 
@@ -282,32 +280,15 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     o = parse_options(argv)
     command = shlex.join(sys.argv if argv is None else ["base_lines.py", *argv])
-    code, folder = 0, None
-    try:
+
+    def work() -> Path:
         device = pick_device(local_device(o.device))
         with connect(o.num_models, device, o.backend, o.timeout) as network:
-            folder = run(o, network, device, command)
-    except Refused as error:  # every process knows
-        code = 2
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)
-    except (KeyboardInterrupt, BrokenPipeError):
-        code = 130
-        if rank() == 0:
-            print("\nstopped; give the same command with --resume (without --overwrite) to continue", file=sys.stderr)
-    except (ValueError, OSError, training.Diverged, NeighbourLost) as error:
-        if os.environ.get("DIMAT_DEBUG"):
-            raise
-        code = 2
-        if rank() and isinstance(error, (ValueError, OSError)):
-            time.sleep(3)  # most likely every process fails alike: the launcher ends this one when the first has spoken
-        print(f"error: {error}", file=sys.stderr, flush=True)
+            return run(o, network, device, command)
+
+    code = run_script(work, "results", "give the same command with --resume (without --overwrite)", rank())
     if code:
         leave(code)
-    elif rank() == 0:
-        print(f"results: {folder}")
     return code
 
 

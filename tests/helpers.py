@@ -1,6 +1,7 @@
 """Run the scripts as a user would."""
 
 import contextlib
+import csv
 import importlib
 import io
 import os
@@ -44,3 +45,34 @@ def process(name: str, *arguments: str, cwd: Path) -> subprocess.Popen:
     """A real process, for those who want to kill it; one thread, its lines on a pipe."""
     return subprocess.Popen([sys.executable, "-m", name, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.csv without their timings."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
+
+
+def equal_runs(a: Path, b: Path) -> None:
+    """All saved tensors, accuracy matrices and metrics.csv apart from its timings."""
+    assert rows_of(a) == rows_of(b)
+    for kind in ("**/*.pth", "accuracy_matrix/*.csv"):
+        files = sorted(f.relative_to(a) for f in a.glob(kind))
+        assert files and files == sorted(f.relative_to(b) for f in b.glob(kind))
+        for file in files:
+            assert (a / file).read_bytes() == (b / file).read_bytes(), file
+    x, y = (torch.load(f / "state.pt", weights_only=True) | {"metrics_bytes": 0} for f in (a, b))  # holds timings
+    equal(x, y)
+
+
+def equal(x: object, y: object) -> None:
+    """Nested dicts and lists whose tensors are equal bit by bit."""
+    assert type(x) is type(y)
+    if isinstance(x, dict):
+        assert x.keys() == y.keys()
+        for key in x:
+            equal(x[key], y[key])
+    elif isinstance(x, list):
+        for left, right in zip(x, y, strict=True):
+            equal(left, right)
+    else:
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.distributed import NeighbourLost, Refused
 from utils.training import Diverged
 
 
-def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str) -> int:
+def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str, rank: int = 0) -> int:
     """Do the work and print `outcome: <the folder it returns>`; the exit status.
 
     What a user can mend is one line on stderr and status 2 (with DIMAT_DEBUG set, a traceback); Ctrl-C, or a reader of
     the output that has gone, is status 130 and a line that says how to continue.
+    rank: of this process among those that do the work together. What all of them know the first one says, and the
+    others wait for it to have spoken: their launcher ends all of them when it sees one end.
     """
     try:
-        print(f"{outcome}: {work()}", flush=True)
+        folder = work()
+        if rank == 0:
+            print(f"{outcome}: {folder}", flush=True)
         return 0
     except (KeyboardInterrupt, BrokenPipeError) as stop:
-        print(f"\nstopped; {how_to_continue} to continue", file=sys.stderr)
+        if rank == 0:
+            print(f"\nstopped; {how_to_continue} to continue", file=sys.stderr)
         if isinstance(stop, BrokenPipeError):  # or the interpreter would complain about the closed pipe as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
-    except (ValueError, OSError, Diverged) as error:
-        if os.environ.get("DIMAT_DEBUG"):
+    except (ValueError, OSError, Diverged, NeighbourLost) as error:
+        if os.environ.get("DIMAT_DEBUG") and not isinstance(error, Refused):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if rank and isinstance(error, (ValueError, OSError)):
+            time.sleep(3)  # most likely every process fails alike
+        if not (rank and isinstance(error, Refused)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

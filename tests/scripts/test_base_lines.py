@@ -19,7 +19,7 @@ from base_lines import batch_stream, steps_of_an_epoch
 from data.datasets import DATASETS, load_dataset
 from data.partition import PARTITIONS
 from models import MODELS
-from tests.helpers import ROOT, TINY, script
+from tests.helpers import ROOT, TINY, equal_runs, rows_of, script
 from utils.options import main_parser
 from utils.topology import Topology, push_weights
 
@@ -29,22 +29,6 @@ RUN = [*START, "--epochs=4"]
 
 def folder_of(printed: str, home: Path) -> Path:
     return home / next(line for line in printed.splitlines() if line.startswith("results: ")).removeprefix("results: ")
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
-
-
-def equal_runs(a: Path, b: Path) -> None:
-    assert rows_of(a) == rows_of(b)
-    for kind in ("trained/*.pth", "accuracy_matrix/*.csv"):
-        files = sorted(f.relative_to(a) for f in a.glob(kind))
-        assert files and all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
-    x, y = (torch.load(f / "state.pt", weights_only=True) for f in (a, b))
-    assert all(x[key] == y[key] for key in ("iteration", "samples", "steps"))
-    for part in ("states", "memory"):
-        for s, t in zip(x[part], y[part], strict=True):
-            assert s.keys() == t.keys() and all(torch.equal(s[key], t[key]) for key in s)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """main.py as a user runs it: it continues, refuses, counts its passes and really learns."""
 
 import contextlib
-import csv
 import random
 import shutil
 import time
@@ -13,7 +12,7 @@ import torch
 import yaml
 
 from data.datasets import load_dataset
-from tests.helpers import process, script
+from tests.helpers import equal_runs, process, rows_of, script
 from train import LocalTrainer
 from utils.files import claim
 from utils.topology import make_topology
@@ -23,24 +22,6 @@ RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_i
 
 def folder_of(result, home: Path) -> Path:
     return home / result.stdout.splitlines()[-1].removeprefix("results: ")
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "metrics.csv").open())]
-
-
-def equal_runs(a: Path, b: Path) -> None:
-    """All saved tensors, accuracy matrices and metrics.csv apart from its timings."""
-    assert rows_of(a) == rows_of(b)
-    for kind in ("**/*.pth", "**/iteration_*.csv"):
-        files = sorted(f.relative_to(a) for f in a.glob(kind))
-        assert files and files == sorted(f.relative_to(b) for f in b.glob(kind))
-        for file in files:
-            assert (a / file).read_bytes() == (b / file).read_bytes(), file
-    x, y = (torch.load(f / "state.pt", weights_only=True) for f in (a, b))
-    assert x.keys() == y.keys() and x["iteration"] == y["iteration"]
-    for s, t in zip(x["states"], y["states"], strict=True):
-        assert all(torch.equal(s[k], t[k]) for k in s)
 
 
 @pytest.fixture(scope="module")
