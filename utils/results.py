@@ -74,8 +74,9 @@ class RunFolder:
                              f"there is {self._kept() or 'none'} (--keep all keeps every one)")
         begun = (path / "metrics.csv").exists()
         if begun and not (resume or start) and self.finished < config["merg_itr"]:
-            raise ValueError(f"{path} holds an interrupted run (iteration {self.finished} of {config['merg_itr']} "
-                             "finished): give --resume to continue it, or --overwrite to delete it")
+            kind = "a shorter" if old.get("merg_itr") == self.finished else "an interrupted"
+            raise ValueError(f"{path} holds {kind} run ({self.finished} of {config['merg_itr']} iterations are done): "
+                             "give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
         elif old["merg_itr"] < config["merg_itr"] or start:

@@ -42,8 +42,10 @@ def launched(*launcher: str, arguments: list[str], home: Path):
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # Workers are in sessions of their own, and a stopped one hears of no other signal.
+        for pid in (*workers(process.pid), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -62,8 +64,8 @@ def wait_for(text: str, log: Path, seconds: float = 90) -> None:
 
 def workers(launcher: int) -> list[int]:
     """The launcher's children in order of their rank: it starts one after the other."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return sorted(map(int, children))
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    return sorted(map(int, children.read_text().split())) if children.exists() else []
 
 
 torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=3")
