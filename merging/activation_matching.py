@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from merging.assignment import assign
 from merging.averaging import State, wide_dtype
 from merging.batch_norm import Batches, device_of, images_of
-from merging.permutation import Permutations, PermutationSpec, feature_reader, invert
+from merging.permutation import FeatureReader, Permutations, PermutationSpec, invert
 from utils.progress import say
 
 Edge = tuple[int, int]
@@ -124,7 +123,8 @@ def match_activations(
     edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
     if not edges:
         return {}
-    reader = feature_reader(model, spec, at=at).to(device_of(states[edges[0][0]]))  # a copy, in evaluation mode
+    reader = FeatureReader(model, spec, at, device_of(states[edges[0][0]]))
+    blocks_of_units = set(spec.blocks.values())  # matched by what they hold, if they are read nowhere themselves
     blocks = list(_blocks(edges, _bytes_per_edge(spec, at), match_memory))
     if len(blocks) > 1:
         say(
@@ -135,7 +135,9 @@ def match_activations(
     for block in blocks:
         correlations = _correlations(reader, states, block, batches)
         for i, j in block:
-            taking = {group: _assign(reads, i, j, group) for group, reads in correlations.items()}
+            similarity = {group: _similarity(reads, i, j, group) if reads else torch.eye(spec.sizes[group])
+                          for group, reads in correlations.items() if reads or group not in blocks_of_units}
+            taking = assign(spec, similarity)
             matched[i, j], matched[j, i] = taking, invert(taking)
     return matched
 
@@ -153,18 +155,15 @@ def _blocks(edges: list[Edge], bytes_per_edge: int, limit: int | None) -> Iterat
 
 @torch.no_grad()
 def _correlations(
-    reader: nn.Module, states: Sequence[State], edges: list[Edge], batches: Batches
+    reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Batches
 ) -> dict[str, list[Correlation]]:
     """One pass over the images: group -> one correlation per place where its features are read."""
     agents = sorted({agent for edge in edges for agent in edge})
-    # Each tensor under one name only, which functional_call asks for where several names share a tensor.
-    names = [name for name, _ in (*reader.named_parameters(), *reader.named_buffers())]
-    own = {agent: {name: states[agent][name] for name in names if name in states[agent]} for agent in agents}
     correlations: dict[str, list[Correlation]] = {}
     device = device_of(states[agents[0]])
     with _side_by_side(device) as run_all:
         for x in images_of(batches, device, "matching"):
-            features = {agent: functional_call(reader, state, (x,)) for agent, state in own.items()}
+            features = {agent: reader(states[agent], x) for agent in agents}
             updates = []
             for group in list(features[agents[0]]):
                 of_group = [features[agent].pop(group) for agent in agents]
@@ -196,11 +195,10 @@ def _side_by_side(device: torch.device) -> Iterator[Callable[[list[tuple[Callabl
         torch.set_num_threads(threads)  # new threads take the number that was set last
 
 
-def _assign(reads: list[Correlation], i: int, j: int, group: str) -> Tensor:
-    """The permutation of j's units that maximises the summed correlation with i's: new unit k is old unit p[k]."""
-    correlation = torch.stack([read.between(i, j) for read in reads]).sum(0)
+def _similarity(reads: list[Correlation], i: int, j: int, group: str) -> Tensor:
+    """(units, units) on the CPU: the correlations of i's units with j's, summed over the places they are read at."""
+    correlation = sum(read.between(i, j) for read in reads)
     if not correlation.isfinite().all():
         raise ValueError(f"matching models {i} and {j}: the activations of group {group!r} are not finite; "
                          "check the images and whether one of the models has diverged")
-    _, columns = linear_sum_assignment(correlation.cpu().numpy(), maximize=True)
-    return torch.as_tensor(columns, dtype=torch.long, device=reads[0].shift[i].device)
+    return correlation.cpu()

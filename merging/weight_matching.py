@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from merging.permutation import Permutations, PermutationSpec, identity, permute_tensor
+from merging.assignment import assign, inner_groups, within_blocks
+from merging.permutation import Member, Permutations, PermutationSpec, identity, nest, permute_tensor
 from utils.seeds import generator
 
 _NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
@@ -22,68 +22,99 @@ def match_weights(
 ) -> Permutations:
     """Permutations that take model b to model a: they (locally) maximise the inner product of a and permuted b.
 
-    One group at a time is assigned exactly while the others stay put, in a shuffled but fixed order, until a whole
-    sweep improves none. BatchNorm's affine parameters count, its running statistics do not. The first sweep goes from
-    the input to the output and lets a tensor speak only when its other axes are settled already: without it, layers
-    that are still unmatched drown the signal in deep networks (a permuted copy of a freshly initialised ResNet-50 or
-    MobileNet-V2 is recovered in 0 of 37 and 0 of 25 groups, with it in all).
+    One group at a time (blocks together with the units in them) is assigned while the others stay put, in a shuffled
+    but fixed order, until a whole sweep improves none. BatchNorm's affine parameters count, its running statistics do
+    not. The first sweep goes from the input to the output and lets a tensor speak only when its other axes are settled
+    already: without it, layers that are still unmatched drown the signal in deep networks (a permuted copy of a freshly
+    initialised ResNet-50 or MobileNet-V2 is recovered in 0 of 37 and 0 of 25 groups, with it in all).
     Computed on the CPU in float64. Deterministic. Raises ValueError for max_iterations < 1.
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations={max_iterations}: at least one sweep is needed")
-    a, b = ({name: t.detach().cpu() for name, t in state.items()} for state in (state_a, state_b))
-    members = {group: _members(spec, group) for group in spec.sizes}
-    permutations = identity(spec)
-
-    settled: set[str | None] = {None}
-    for group in spec.sizes:
-        similarity = _similarity(spec, group, members[group], a, b, permutations, settled)
-        permutations[group] = _assign(similarity)
-        settled.add(group)
+    weights = [name for name in spec.tensors if name.rpartition(".")[2] not in _NOT_WEIGHTS]
+    matching = _Matching(spec, *({name: state[name].detach().cpu().double() for name in weights}
+                                 for state in (state_a, state_b)))
+    groups = [group for group in spec.sizes if group not in spec.blocks]
+    for group in groups:
+        matching.improve(group)
 
     shuffle = generator(0, purpose="weight matching")
     for _ in range(max_iterations):
-        improved = False
-        for index in torch.randperm(len(spec.sizes), generator=shuffle).tolist():
-            group = list(spec.sizes)[index]
-            similarity = _similarity(spec, group, members[group], a, b, permutations, settled)
-            best = _assign(similarity)
-            rows = torch.arange(len(best))
-            gain = similarity[rows, best].sum() - similarity[rows, permutations[group]].sum()
-            if gain > 1e-12 * similarity.abs().max() * len(best):  # more than rounding
-                permutations[group] = best
-                improved = True
-        if not improved:
+        order = torch.randperm(len(groups), generator=shuffle).tolist()
+        improved = [matching.improve(groups[index]) for index in order]
+        if not any(improved):
             break
-    return permutations
+    return {group: matching.permutations[group] for group in spec.sizes}
 
 
-def _members(spec: PermutationSpec, group: str) -> list[tuple[str, int, int, int]]:
-    return [member for member in spec.members(group) if member[0].rpartition(".")[2] not in _NOT_WEIGHTS]
+class _Matching:
+    """The permutations so far of b's units, and which groups have had their turn."""
+
+    def __init__(self, spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]):
+        self.spec, self.a, self.b = spec, a, b
+        self.members = {group: [m for m in members if m.tensor in a] for group, members in spec.members.items()}
+        self.permutations = identity(spec)
+        self.settled: set[str] = set()
+
+    def improve(self, group: str) -> bool:
+        """Assign a group and all that lies in it, the others as they are. Whether it got better."""
+        family = [group, *inner_groups(self.spec, group)]
+        similarity = {name: self._similarity(name) for name in family}
+        found = assign(self.spec, similarity, [group])
+        is_first = group not in self.settled
+        self.settled |= {group}
+        if len(family) == 1:
+            before, after = (float(similarity[group].gather(1, p[:, None]).sum())
+                             for p in (self.permutations[group], found[group]))
+        else:
+            self.settled |= set(family)
+            before = self._product(family, self.permutations)
+            current, self.permutations = self.permutations, self.permutations | found
+            for name in family[1:]:
+                self.permutations[name] = nest(found[group], within_blocks(self._within(name, found[group]).numpy()))
+            found = {name: self.permutations[name] for name in family}
+            after, self.permutations = self._product(family, self.permutations), current
+        scale = max(float(s.abs().max()) * len(s) for s in similarity.values())
+        if is_first or after - before > 1e-12 * scale:  # more than rounding
+            changed = any(not torch.equal(self.permutations[name], p) for name, p in found.items())
+            self.permutations |= found
+            return changed
+        return False
+
+    def _similarity(self, group: str) -> Tensor:
+        """(units, units) inner products of a's units with b's, b's other axes permuted; unsettled axes are left out."""
+        similarity = torch.zeros(self.spec.sizes[group], self.spec.sizes[group], dtype=torch.float64)
+        for member in self.members[group]:
+            others = [(name, other) for name, other in self.spec.of_tensor[member.tensor] if other.dims != member.dims]
+            if not all(name in self.settled for name, _ in others) or any(m.blocks for _, m in [("", member), *others]):
+                continue
+            theirs = permute_tensor(self.b[member.tensor], others, self.permutations)
+            similarity += _rows(self.a[member.tensor], member) @ _rows(theirs, member).T
+        return similarity
+
+    def _within(self, group: str, outer: Tensor) -> Tensor:
+        """(blocks, units, units) inner products of the units in a's block k with those in b's block outer[k]."""
+        blocks, units = len(outer), self.spec.sizes[group] // len(outer)
+        plain = self.permutations | {group: nest(outer, torch.arange(units).expand(blocks, units))}
+        similarity = torch.zeros(blocks, units, units, dtype=torch.float64)
+        for member in self.members[group]:
+            mine, theirs = self.a[member.tensor], self.b[member.tensor]
+            theirs = permute_tensor(theirs, self.spec.of_tensor[member.tensor], plain)
+            mine, theirs = (_rows(t, member).reshape(blocks, units, -1) for t in (mine, theirs))
+            similarity += mine @ theirs.mT
+        return similarity
+
+    def _product(self, family: list[str], permutations: Permutations) -> float:
+        """The part of the inner product in which these groups have a say."""
+        tensors = {member.tensor for group in family for member in self.members[group]}
+        return sum(float((self.a[name] * permute_tensor(self.b[name], self.spec.of_tensor[name], permutations)).sum())
+                   for name in sorted(tensors))
 
 
-def _similarity(
-    spec: PermutationSpec,
-    group: str,
-    members: list[tuple[str, int, int, int]],
-    a: Mapping[str, Tensor],
-    b: Mapping[str, Tensor],
-    permutations: Permutations,
-    settled: set[str | None],
-) -> Tensor:
-    """(units, units) inner products of a's units with b's, b's other axes permuted; unsettled axes are left out."""
-    units = spec.sizes[group]
-    similarity = torch.zeros(units, units, dtype=torch.float64)
-    for name, dim, offset, repeat in members:
-        others = [(d, segments) for d, segments in enumerate(spec.axes[name]) if d != dim]
-        if not all(segment.group in settled for _, segments in others for segment in segments):
-            continue
-        mine, theirs = (state[name].narrow(dim, offset, units * repeat).double() for state in (a, b))
-        theirs = permute_tensor(theirs, others, permutations)
-        mine, theirs = (t.movedim(dim, 0).reshape(units, -1) for t in (mine, theirs))
-        similarity += mine @ theirs.T
-    return similarity
-
-
-def _assign(similarity: Tensor) -> Tensor:
-    return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
+def _rows(tensor: Tensor, member: Member) -> Tensor:
+    """(units, values): what the tensor holds of each unit."""
+    if member.blocks:
+        rows = tensor.unflatten(0, (member.blocks, -1)).movedim(2, 1).flatten(0, 1)
+    else:
+        rows = tensor.movedim(member.dims, tuple(range(len(member.dims)))).flatten(0, len(member.dims) - 1)
+    return rows[member.entries.flatten()].reshape(len(member.entries), -1)

@@ -1,0 +1,68 @@
+"""Linear assignment for all groups of a spec, units within blocks included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from merging.permutation import Permutations, PermutationSpec, nest
+
+
+def assign(spec: PermutationSpec, similarity: Mapping[str, Tensor], groups: list[str] | None = None) -> Permutations:
+    """The permutations that maximise the summed similarity of paired units.
+
+    similarity: group -> (units, units), a's units by b's; blocks may be left out, they are judged by what they hold.
+    groups: which groups without blocks around them to assign, with all that lies in them; None: all.
+    Blocks are paired by the best pairing of the units within each pair of them (a nested assignment, exact).
+    """
+    found: Permutations = {}
+    for group in spec.sizes if groups is None else groups:
+        if group in spec.blocks:
+            continue
+        inner = inner_groups(spec, group)
+        value = similarity[group].numpy() if group in similarity else np.zeros((spec.sizes[group],) * 2)
+        for name in inner:
+            value = value + _values_of_blocks(similarity[name].numpy(), spec.sizes[group])
+        found[group] = best(value)
+        for name in inner:
+            found[name] = nest(found[group], within_blocks(_blocks(similarity[name].numpy(), found[group])))
+    return found
+
+
+def inner_groups(spec: PermutationSpec, outer: str) -> list[str]:
+    """The groups whose units lie in the blocks of `outer`."""
+    return [group for group, blocks in spec.blocks.items() if blocks == outer]
+
+
+def best(similarity: np.ndarray) -> Tensor:
+    """(units,): the column for each row that makes the sum largest."""
+    return torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1])
+
+
+def within_blocks(similarity: np.ndarray) -> Tensor:
+    """(blocks, units): the best columns for the rows of each of the (blocks, units, units)."""
+    return torch.stack([best(block) for block in similarity])
+
+
+def _blocks(similarity: np.ndarray, outer: Tensor) -> np.ndarray:
+    """(blocks, units, units): between block b and block outer[b]."""
+    blocks = len(outer)
+    split = similarity.reshape(blocks, len(similarity) // blocks, blocks, -1)
+    return split[np.arange(blocks), :, outer.numpy()]
+
+
+def _values_of_blocks(similarity: np.ndarray, blocks: int) -> np.ndarray:
+    """(blocks, blocks): the sum over the best pairing of the units within each pair of blocks."""
+    units = len(similarity) // blocks
+    split = similarity.reshape(blocks, units, blocks, units).swapaxes(1, 2)
+    if units == 1:
+        return split[:, :, 0, 0]
+    value = np.empty((blocks, blocks))
+    for i, j in np.ndindex(blocks, blocks):
+        rows, columns = linear_sum_assignment(split[i, j], maximize=True)
+        value[i, j] = split[i, j][rows, columns].sum()
+    return value
