@@ -71,13 +71,14 @@ class Correlation:
     def between(self, i: int, j: int) -> Tensor:
         """Correlations of model i's units (rows) with j's (columns), 0 for dead units; (i, j) is one of the edges."""
         covariance = self.products[i, j] / self.rows - torch.outer(self.sums[i], self.sums[j]) / self.rows**2
-        return covariance * torch.outer(self._inverse_deviation(i), self._inverse_deviation(j))
+        # One after the other: of features next to zero (SiLU far below it) the product may overflow.
+        return covariance * self._inverse_deviation(i)[:, None] * self._inverse_deviation(j)
 
     def _inverse_deviation(self, agent: int) -> Tensor:
         """1 / standard deviation per unit, 0 for dead units."""
         mean = self.sums[agent] / self.rows
         variance = (self.squares[agent] / self.rows - mean.square()).clamp(min=0)
-        dead = variance <= (DEAD * (mean + self.shift[agent].to(mean))).square()
+        dead = variance <= (DEAD * (mean + self.shift[agent].to(mean))).square().clamp(min=torch.finfo(mean.dtype).tiny)
         return variance.rsqrt().masked_fill(dead, 0)
 
 

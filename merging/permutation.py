@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, tensors_of
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
+from utils.plots import groups_figure
 
 __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read", "UnsupportedOperation", "derive_spec",
            "describe", "identity", "invert", "permute", "random_permutations", "spec_from_axes", "verify"]
@@ -526,12 +528,28 @@ def _place(member: Member) -> str:
     return words + (f", within {member.blocks} blocks" if member.blocks else "")
 
 
+def plot(model: nn.Module, spec: PermutationSpec, path: str | os.PathLike, title: str = "") -> None:
+    """Draw the groups over the model's layers, in order of the state dict (.png, .pdf or .svg)."""
+    matrices = [name for name, tensor in model.state_dict().items() if tensor.ndim > 1]
+    where = {layer: n for n, layer in enumerate(dict.fromkeys(name.removesuffix(".weight") for name in matrices))}
+    groups, makes, reads = {}, [], []
+    for group, members in spec.members.items():
+        if members:  # others are blocks of units, and known by what they hold
+            blocks = f" in {spec.sizes[spec.blocks[group]]} blocks" if group in spec.blocks else ""
+            for member in members:
+                if member.tensor in matrices:
+                    place = len(groups), where[member.tensor.removesuffix(".weight")]
+                    (reads if member.dims == (1,) or member.blocks else makes).append(place)
+            groups[group] = f"({spec.sizes[group]}{blocks})"
+    groups_figure(groups, list(where), makes, reads, path, title)
+
+
 def main(argv: list[str] | None = None) -> None:
     from models import build_model
 
     parser = argparse.ArgumentParser(
         prog="python -m merging.permutation",
-        description="Print the permutation groups of a model.",
+        description="Print the permutation groups of a model, once they have been checked.",
         epilog="example: python -m merging.permutation tv:densenet121 --image_size 64",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -540,6 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--in_channels", type=int, default=3)
     parser.add_argument("--width_multiplier", type=int, default=8)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the groups over the model's layers (png, pdf, svg)")
     options = parser.parse_args(argv)
     try:
         model = build_model(
@@ -553,6 +572,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(describe(spec))
+    if options.plot:
+        plot(model, spec, options.plot, f"{options.model}: {len(spec.sizes)} groups")
+        print(f"drawn: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,6 @@ class Trace(Watch):
         if call.name in _VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known):
             raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, which "
                                        "may depend on the order of its units: keep them in tensors")
-        before = [self.layouts.get(tensor) for tensor in tensors]
         call.result = call.func(*call.args, **call.kwargs)
         if call.name == "setitem":
             self._set(call)
@@ -266,7 +265,7 @@ class Trace(Watch):
             found = [()] * len(results)
         for result, layout in zip(results, found, strict=True):
             if in_place:
-                self._write(result, layout, before, tensors, call)
+                self._write(result)
             if self.name(result) is None:
                 self.layouts[result] = layout
                 if any(map(self.is_activation, tensors)):
@@ -280,7 +279,7 @@ class Trace(Watch):
     def _set(self, call: Call) -> None:
         """x[index] = value: the entries that are written over hold the value's units."""
         x, index, value = call.args
-        self._write(x, (), [], [], call)
+        self._write(x)
         self.serials[x] = self._next_serial()
         try:
             (view,) = self.units.move(lambda numbers: [numbers[0][index]], [self.operand(x)], "setitem")
@@ -292,12 +291,8 @@ class Trace(Watch):
             shape = tuple(x[index].shape)
             self.units.join([(view, shape), self.operand(value)], "an assignment" + here())
 
-    def _write(self, result: Tensor, layout: Layout, before: list, tensors: list[Tensor], call: Call) -> None:
-        old = next((b for b, tensor in zip(before, tensors, strict=True) if tensor is result), None)
-        covered = frozenset().union(*map(varied, old or ()))
-        for labels in layout:
-            if not varied(labels) <= covered:  # other views of the memory don't know of these units
-                self.units.fix((labels,), f"written into a tensor that held no units in {call.name}{here()}")
+    def _write(self, result: Tensor) -> None:
+        """Other views of the memory hold the same units: what is written was joined with what was there."""
         if result in self.sources:
             del self.sources[result]
         self.written.add(result.untyped_storage().data_ptr())

@@ -155,9 +155,7 @@ class Units:
             kept = varied(labels) - gone
             if gone and kept:
                 result.append(self._blocks(labels, kept))
-            elif gone:
-                self.tie(labels, self.new(labels.shape))  # it can only be mapped to itself
-            else:
+            elif not gone:
                 result.append(labels)
         if not keepdim:
             result = [labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims]) for labels in result]
@@ -391,7 +389,7 @@ class Units:
         # In execution order, and blocks before what is in them.
         found.sort(key=lambda item: (starts.get(item[1], item[0]), item[2] is not None))
         number = {key: n for n, (_, key, _, _) in enumerate(found) if key}
-        names = self._names([members for *_, members in found], bundle, axis)
+        names = self._names([(members, number.get(key)) for *_, key, members in found], bundle, axis)
         groups = [Group(name, np.array(members), None if key is None else number[key])
                   for name, (_, _, key, members) in zip(names, found, strict=True)]
         listed: dict[str, str] = {}
@@ -417,18 +415,21 @@ class Units:
             np.add.at(signature, bundle[u], _mix(place[u], r, place[v], s, np.full_like(u, kind + 1)))
         return signature
 
-    def _names(self, groups: list[list[int]], bundle: np.ndarray, axis: np.ndarray) -> list[str]:
-        """A group is called after the first tensor that makes its units, and its part of it if it isn't all of it."""
+    def _names(self, groups: list[tuple[list[int], int | None]], bundle: np.ndarray, axis: np.ndarray) -> list[str]:
+        """A group (bundles, its outer group) is called after the first tensor that holds it, and its part of that."""
         held = np.array([bool(a.tensor) for a in self.axes], bool)
         first: dict[int, int] = {}
         for keep in (held[axis], np.ones(self.count, bool)):
             units = np.flatnonzero(keep)[::-1]
             first = dict(zip(bundle[units].tolist(), units.tolist(), strict=True)) | first
         names, seen = [], {}
-        for members in groups:
+        for n, (members, _) in enumerate(groups):
             units = np.array([first[b] for b in members])
             where = self.axes[axis[units[0]]]
-            name = where.name if where.tensor else "blocks"
+            name = where.name
+            if not where.tensor:  # blocks, named after the layer that makes what is in them
+                within = next(first[inner[0]] for inner, outer in groups if outer == n)
+                name = f"blocks of {self.axes[axis[within]].name}"
             places = np.flatnonzero(np.isin(bundle[where.first : where.first + where.size], members))
             if where.tensor and len(places) < where.size:
                 steps = np.unique(np.diff(places))

@@ -100,12 +100,7 @@ def accuracy_figure(panels: dict[str, dict[str, Curve]], path: str | os.PathLike
 
     The file appears complete or not at all. The format follows the suffix of `path` (.png, .pdf, .svg).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A Figure of its own instead of pyplot: no global state, no window, whatever backend the user has set.
-    figure = Figure(figsize=(0.6 + 4.6 * len(panels), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(0.6 + 4.6 * len(panels), 4.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         accuracy_panel(axes, curves, title)
@@ -113,5 +108,50 @@ def accuracy_figure(panels: dict[str, dict[str, Curve]], path: str | os.PathLike
     all_axes[-1].legend(loc="lower right", frameon=False)
     if caption:
         figure.supxlabel(caption, fontsize="small", color="#444444")
+    save_figure(figure, path)
+
+
+def groups_figure(groups: dict[str, str], layers: list[str], makes: list[tuple[int, int]],
+                  reads: list[tuple[int, int]], path: str | os.PathLike, title: str = "") -> None:
+    """Draw which layers hold which permutation groups: groups from top to bottom, layers from left to right.
+
+    groups: name -> what stands beside it; makes, reads: (group, layer) where the layer makes or scales the group's
+    units, and where it takes them in.
+    """
+    figure = new_figure(max(5.0, 3.5 + 0.17 * len(layers)), max(3.0, 1.6 + 0.17 * len(groups)))
+    axes = figure.subplots()
+    for group in range(len(groups)):
+        held = [layer for g, layer in (*makes, *reads) if g == group]
+        axes.plot([min(held, default=0), max(held, default=0)], [group, group], color="#CCCCCC", linewidth=1, zorder=1)
+    for marks, label, options in (
+        (makes, "makes its units", {"color": "#0072B2", "marker": "o"}),
+        (reads, "reads them", {"facecolors": "white", "edgecolors": "#D55E00", "marker": "s", "linewidths": 1.2}),
+    ):
+        rows, columns = [group for group, _ in marks], [layer for _, layer in marks]
+        axes.scatter(columns, rows, s=26, label=label, zorder=2, **options)
+    axes.set_yticks(range(len(groups)), [f"{name}  {note}" for name, note in groups.items()], fontsize=7)
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlim(-1, len(layers))
+    axes.grid(color="#F0F0F0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=2)
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float):
+    """A matplotlib figure (inches) of its own instead of pyplot's: no global state, no window, whatever the backend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Complete or not at all; the suffix of `path` (.png, .pdf, .svg) says how."""
     path = Path(path)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=130))

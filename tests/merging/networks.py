@@ -377,6 +377,33 @@ class Recurrent(nn.Module):
         return self.fc(self.hidden(x[:, -1]).relu())
 
 
+class ThroughAView(nn.Module):
+    """A tensor without units is written to; an earlier view of it is read, and so is what was written."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 8, 1), nn.Linear(512, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = x.new_zeros(x.shape)
+        view = y.flatten(1)
+        y += x
+        return self.fc1(view) + self.fc2(x.mean((2, 3)))
+
+
+class Vocabulary(nn.Module):
+    """Rows of one matrix are picked by number here and are hidden units there."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.fc = nn.Embedding(11, 8), nn.Linear(8, 6), nn.Linear(11, 4)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.fc(F.linear(x, self.embed.weight).relu()) + self.hidden(x).relu().sum(-1, keepdim=True)
+
+
 class SkipFromInput(nn.Module):
     """The image is added to what a layer makes of it."""
 
@@ -430,6 +457,8 @@ HIDDEN = {
     "Standardised": (Standardised, IMAGES, 6 + 8),
     "Assigned": (Assigned, IMAGES, 8),
     "Recurrent": (Recurrent, IMAGES, 7),
+    "ThroughAView": (ThroughAView, IMAGES, 0),
+    "Vocabulary": (Vocabulary, ((5,),), 8),
     "SkipFromInput": (SkipFromInput, IMAGES, 5),
     "Auxiliary": (Auxiliary, IMAGES, 6 + 5 + 7),
     "a slice goes elsewhere": (
@@ -453,6 +482,14 @@ HIDDEN = {
     "a running sum over channels": (lambda: Applied(lambda m, x: x.cumsum(1)), IMAGES, 0),
     "a running sum over pixels": (lambda: Applied(lambda m, x: x.cumsum(-1).flip(2)), IMAGES, 8),
     "maxout": (lambda: Applied(lambda m, x: x.unflatten(1, (4, 2)).amax(2), features=4), IMAGES, 8),
+    "a softmax within halves": (
+        lambda: Applied(lambda m, x: x.unflatten(1, (2, 4)).softmax(2).flatten(1, 2)), IMAGES, 8),
+    "a norm within halves": (
+        lambda: Applied(lambda m, x: F.layer_norm(x.unflatten(1, (2, 4)).movedim(2, -1), (4,)).movedim(-1, 2)
+                        .flatten(1, 2)), IMAGES, 8),
+    "a constant token": (
+        lambda: Applied(lambda m, x: torch.cat([x.flatten(2).mT, torch.arange(8.0).expand(len(x), 1, 8)], 1).amax(1)),
+        IMAGES, 0),
     "a gated linear unit": (lambda: Applied(lambda m, x: F.glu(x, 1), features=4), IMAGES, 4),
     "repeated channels": (lambda: Applied(lambda m, x: x.repeat(1, 2, 1, 1), features=16), IMAGES, 8),
     "normalised across channels": (lambda: Applied(lambda m, x: F.local_response_norm(x, 3)), IMAGES, 0),

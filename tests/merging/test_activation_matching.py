@@ -61,6 +61,14 @@ def test_dead_units_have_correlation_zero(value):
     np.testing.assert_allclose(result[alive[0]][:, alive[1]], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-100, 1e-154, 1e-160, 1e-320])
+def test_features_next_to_zero_are_correlated_or_dead_but_never_nan(scale):
+    features = {agent: torch.randn(300, 4, dtype=torch.float64) for agent in range(2)}
+    expected = oracle(features[0], features[1])
+    result = streamed({agent: x * scale for agent, x in features.items()}, [(0, 1)]).between(0, 1)
+    np.testing.assert_allclose(result, expected if scale > 1e-150 else np.zeros((4, 4)), atol=1e-5)
+
+
 class Net(nn.Module):
     """Two convolutions with BatchNorm, a residual sum, a linear head: read at two places with at="all"."""
 

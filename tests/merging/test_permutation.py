@@ -33,10 +33,11 @@ def torchvision_model(name):
     """On the meta device first: the usual initialisation takes longer than all the tests. VGG's hidden layers of 4096
     units are narrowed, for the same reason."""
     options = {"init_weights": False} if name in ("vgg16", "vgg16_bn", "googlenet", "inception_v3") else {}
-    options |= {"image_size": 32} if name == "vit_b_16" else {}
     if name.startswith(("swin", "regnet", "mnasnet")):
         return torchvision.models.get_model(name, num_classes=10)  # computes with its tensors
     with torch.device("meta"):
+        if name == "vit_b_16":  # three of its twelve layers, for small images
+            return torchvision.models.VisionTransformer(32, 16, 3, 12, 768, 3072, num_classes=10).to_empty(device="cpu")
         model = torchvision.models.get_model(name, num_classes=10, **options)
         if "vgg" in name:
             model.classifier[0], model.classifier[3] = nn.Linear(512 * 49, 24), nn.Linear(24, 20)
@@ -66,7 +67,7 @@ ZOO = {
     "mnasnet0_5": None,
     "googlenet": None,
     "inception_v3": None,
-    "vit_b_16": 768 + 12 * (2 * 768 + 3072),
+    "vit_b_16": 768 + 3 * (2 * 768 + 3072),
     "swin_t": None,
 }
 SLOW = {"resnet50", "wide_resnet50_2", "resnext50_32x4d", "inception_v3", "vit_b_16", "convnext_tiny", "densenet121"}
@@ -79,7 +80,7 @@ def network(name):
 
 def inputs_of(name, batch, dtype=torch.float64):
     generator = torch.Generator().manual_seed(2)
-    if name == "Language":
+    if name in ("Language", "Vocabulary"):
         return (torch.randint(11, (batch, 5), generator=generator),)
     size = 299 if name == "inception_v3" else 32
     shapes = HIDDEN[name][1] if name in HIDDEN else ((3, size, size),)
@@ -537,13 +538,16 @@ def test_what_was_read_stays_when_the_tensor_is_changed_in_place(kind):
         torch.testing.assert_close(first, rows(model.conv1(x)[:, : spec.sizes[group]]))
 
 
-def test_the_command_line_prints_groups_sizes_and_members(capsys):
+def test_the_command_line_prints_and_draws_groups_sizes_and_members(capsys, tmp_path):
     main(["resnet20", "--width_multiplier", "1"])
     printed = capsys.readouterr().out
     assert "layer1.0.conv1: 16 units\n    layer1.0.conv1.weight dim 0\n" in printed
     assert "12 groups, 448 units\nfixed: conv1.weight dim 1 (" in printed
+    main(["resnet20", "--width_multiplier", "1", "--plot", str(tmp_path / "groups.png")])
+    assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG") and "drawn: " in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["nonesuch"])
     assert stop.value.code == 2 and "nonesuch" in capsys.readouterr().err
     spec = derive_spec(Grouped(), torch.zeros(1, 3, 8, 8))
-    assert "reduce.0: 12 units in 4 blocks" in describe(spec) and "within 4 blocks" in describe(spec)
+    described = describe(spec)
+    assert "reduce.0: 12 units in 4 blocks, those of blocks of reduce.0\n" in described and "within 4" in described
