@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,10 +262,14 @@ def _wake(fleet: Fleet, last: dict[int, dict], train_parts: list[np.ndarray]) ->
     return finished
 
 
+def make_parser() -> ArgumentParser:
+    return base_lines_parser(DATASETS, MODELS, PARTITIONS, BASELINES, [*TOPOLOGIES, *DIRECTED], EXPS, CGA_FORMS,
+                             CGA_SCOPES, BACKENDS)
+
+
 def parse_options(argv: list[str] | None) -> Namespace:
     """Under a launcher only the first process says what is wrong with the command line."""
-    parser = base_lines_parser(DATASETS, MODELS, PARTITIONS, BASELINES, [*TOPOLOGIES, *DIRECTED], EXPS, CGA_FORMS,
-                               CGA_SCOPES, BACKENDS)
+    parser = make_parser()
     if rank() == 0:
         return parse(parser, argv)
     try:

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -244,7 +244,10 @@ def run(o: Namespace, command: str) -> Path:
     states = [{k: t.to(device) for k, t in s.items()} for s in initial_states(o, dataset, ckp, loaded)]
     fleet = Fleet(o, topology, LocalTrainer(new_model(o, dataset), dataset, o, device), train_parts, test_parts,
                   states, samples=[0] * o.num_models, steps=[0] * o.num_models)
-    _ = fleet.spec  # a model that can't be permuted is an error now, not after hours
+    if fleet.spec and fleet.spec.stuck:  # a model that can't be permuted at all is an error now, not after hours
+        name, reason = next(iter(fleet.spec.stuck.items()))
+        print(f"note: {o.opt} averages the units of {len(fleet.spec.stuck)} layers as they are, because they can't be "
+              f"permuted: {name} ({reason}){', ...' if len(fleet.spec.stuck) > 1 else ''}")
     config = vars(o) | circumstances(command) | {"initial_models": digest(states)}
     if Path(o.topology).suffix.lower() == ".json":
         config["pi"] = topology.pi.tolist()  # the file may change
@@ -273,10 +276,13 @@ def start_or_continue(fleet: Fleet, folder: RunFolder) -> None:
     merge_and_train(fleet, folder, finished, phase)
 
 
+def make_parser() -> ArgumentParser:
+    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], TOPOLOGIES, EXPS)
+
+
 def main(argv: list[str] | None = None) -> int:
-    methods = [*METHODS, ALONE]
     keep_freed_memory()
-    o = parse(main_parser(DATASETS, MODELS, PARTITIONS, methods, TOPOLOGIES, EXPS), argv)
+    o = parse(make_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["main.py", *argv])
     return run_script(lambda: run(o, command), "results",
                       "give the same command with --resume (without --overwrite)")

@@ -7,7 +7,7 @@ import io
 import math
 import shlex
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -201,9 +201,13 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
               f"test: own classes {row['own_classes_accuracy']:.2f} %, all {row['all_classes_accuracy']:.2f} %")
 
 
+def make_parser() -> ArgumentParser:
+    return train_parser(DATASETS, MODELS, PARTITIONS)
+
+
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
-    options = parse(train_parser(DATASETS, MODELS, PARTITIONS), argv)
+    options = parse(make_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
     return run_script(lambda: run(options, command), "checkpoints",
                       "give the same command again (without --overwrite)")

@@ -1,0 +1,208 @@
+"""Sweeps: the right commands, as many at a time as allowed, and nothing lost when something fails or is stopped."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers import ROOT, rows_of
+from utils import sweep
+from utils.sweep import Job, Planner, grid, plan_file, run_jobs, scripts_parsers
+
+
+def shell(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([str(ROOT / f"{name}.sh"), *arguments], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+
+
+def planned(name: str, *arguments: str, capsys) -> list[list[str]]:
+    assert sweep.main([name, *arguments]) == 0
+    *commands, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"# {len(commands)} commands; --run_python true runs them")
+    return [shlex.split(command) for command in commands]
+
+
+DOCUMENTED = [
+    ("train", '--nums_models "5 10" --data_dists "iid" --datasets_nums_classes "cifar100,100" --models "resnet20" '
+              '--random_seeds "0 1 2 3 4" --num_parallel 10', 10),
+    ("main", '--nums_models "5 10" --data_dists "iid" --datasets_nums_classes "cifar100,100" --models "resnet20" '
+             '--random_seeds "0 1 2 3 4" --epochs "2" --opts "DIMAT WA" --num_parallel 10', 20),
+    ("base_lines", '--nums_models "5" --exps "1 2"  --data_dists "non-iid iid" --datasets_nums_classes "cifar100,100" '
+                   '--models "resnet20" --random_seeds "0 1 2 3 4" --nums_epochs "2" --opts "CDSGD SGP" '
+                   '--num_parallel 1 --randominits False --diffinits False', 40),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "count"), DOCUMENTED)
+def test_the_documented_sweeps_are_the_documented_commands(name, flags, count, capsys):
+    commands = planned(name, *shlex.split(flags), capsys=capsys)
+    assert len(commands) == count == len(set(map(tuple, commands)))
+    path = "checkpoint/cifar100/resnet20/diff_initialization/models_no5/data_dist_iid/num_epochs_100/random_seed_3"
+    if name == "train":
+        assert sum("--num_models=10" in command for command in commands) == 5
+    else:
+        from_there = [command for command in commands if f"--ckp={path}" in command]
+        assert len(from_there) == {"main": 2, "base_lines": 4}[name]
+        assert all("--seed=3" in command and "--resume" in command for command in from_there)
+    if name == "base_lines":
+        assert all("--nproc_per_node=5" in command and "--epochs=200" in command for command in commands)
+    if name == "main":
+        assert all("--training=True" in command for command in commands)
+
+
+def test_values_survive_the_shell_and_further_flags_reach_the_scripts_that_know_them(capsys):
+    flags = ["--datasets_nums_classes", "digits", "--random_seeds", "4 5", "--checkpoint_seed", "0",
+             "--pretrain_epochs", "3", "--", "--data_dir=my data's", "--width_multiplier", "1", "--match_at=last"]
+    commands = planned("main", *flags, capsys=capsys)
+    path = "checkpoint/digits/resnet20/diff_initialization/models_no5/data_dist_iid/num_epochs_3/width=1/random_seed_0"
+    for command in commands:
+        assert f"--ckp={path}" in command and "--data_dir=my data's" in command and "--match_at=last" in command
+    for flags, message in ((["--opts", "FOO"], "invalid choice: 'FOO'"), (["--", "--nonsense=1"], "--nonsense=1"),
+                           (["--random_seeds", ""], "nothing to run")):
+        assert sweep.main(["main", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_shell_scripts_run_from_anywhere(tmp_path):
+    home = tmp_path / "a folder"
+    home.mkdir()
+    for name, flags, count in DOCUMENTED:
+        result = shell(name, *shlex.split(flags), cwd=home)
+        assert result.returncode == 0 and f"# {count} commands" in result.stdout, result.stderr
+    assert not list(home.iterdir())
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", *(ROOT / f"{name}.sh" for name, *_ in DOCUMENTED)], check=True)
+
+
+SWEEP = {
+    "all": {"dataset": "digits", "width_multiplier": 1, "num_models": 3, "train_samples": 200, "seed": [0, 1]},
+    "train": {"data_dist": ["iid", "non-iid"], "epochs": 1, "lr": 0.002},
+    "main": [{"opt": ["DIMAT", "WA"], "topology": "ring", "merg_itr": 2, "epochs": 1}],
+    "base_lines": {"opt": "CDSGD", "exp": 2, "epochs": 2, "num_epochs": 1, "launch": False},
+}
+
+
+def test_a_sweep_file_is_a_grid_that_waits_for_its_checkpoints():
+    jobs = plan_file(SWEEP, Planner(scripts_parsers()))
+    assert [sum(job.script == script for job in jobs) for script in ("train", "main", "base_lines")] == [4, 8, 4]
+    for job in jobs:
+        if job.script != "train":
+            (training,) = job.after
+            ckp = Path(next(word for word in job.command if word.startswith("--ckp=")).partition("=")[2])
+            seed = next(word for word in training.command if word.startswith("--seed="))
+            assert seed in job.command and ckp.name == f"random_seed_{seed[-1]}"
+            assert next(w for w in training.command if w.startswith("--data_dist=")) in job.command
+            assert "--lr=0.002" not in job.command  # the pre-training's
+    assert len({job.log for job in jobs}) == len(jobs)
+    assert list(grid({"a": [1, 2], "b": 3})) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    with pytest.raises(ValueError, match="unknown part 'mian'"):
+        plan_file({"mian": {}}, Planner(scripts_parsers()))
+    with pytest.raises(ValueError, match="main: unrecognized arguments: --topolgy=ring"):
+        plan_file({"main": {"topolgy": "ring"}}, Planner(scripts_parsers()))
+    with pytest.raises(ValueError, match="train: argument --epochs"):
+        plan_file({"train": {"epochs": "many"}}, Planner(scripts_parsers()))
+
+
+def python(code: str, title: str, after=()) -> Job:
+    return Job("test", title, [sys.executable, "-c", code], list(after))
+
+
+def test_as_many_jobs_at_a_time_as_allowed_and_failures_stop_only_what_waits_for_them(tmp_path, capsys):
+    note = "import sys, time; print('start', time.time(), flush=True); time.sleep({}); print('end', time.time())"
+    long = python(note.format(1.5), "long")
+    short = [python(note.format(0.4), f"short {n}") for n in range(3)]
+    failing = python("print('error: no such thing'); raise SystemExit(3)", "failing")
+    waiting = python("print('never')", "waiting", [failing])
+    last = python("print('last')", "last", [short[2]])
+    jobs = [long, *short, failing, waiting, last]
+    run_jobs(jobs, 2, [], tmp_path)
+    assert [job.state for job in jobs] == ["done"] * 4 + ["failed", "skipped", "done"]
+    spans = []
+    for job in [long, *short]:
+        words = (tmp_path / job.log).read_text().split()
+        spans.append((float(words[words.index("start") + 1]), float(words[words.index("end") + 1])))
+    overlaps = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
+    assert overlaps == 2 and spans[-1][0] < spans[0][1]  # the short ones pass through while the long one runs
+    assert "exit 3" in capsys.readouterr().out and sweep.last_words(tmp_path / failing.log) == "error: no such thing"
+    assert not (tmp_path / waiting.log).exists()
+    before = (tmp_path / long.log).read_text()
+    run_jobs([python(note.format(1.5), "long")], 2, [], tmp_path)
+    assert (tmp_path / long.log).read_text().startswith(before)  # logs are added to
+
+
+def test_gpus_are_dealt_out_and_the_cores_shared(tmp_path):
+    code = ("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('OMP_NUM_THREADS')); "
+            "time.sleep(0.5)")
+    jobs = [python(code, str(n)) for n in range(4)]
+    run_jobs(jobs, 4, ["0", "3"], tmp_path)
+    seen = [(tmp_path / job.log).read_text().split()[-2] for job in jobs]
+    assert sorted(seen) == ["0", "0", "3", "3"]
+    assert sweep.environment(1, None).get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from utils import sweep; sweep.PATIENCE = 1.0\n"
+            "from pathlib import Path\n"
+            "stubborn = 'import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)'\n"
+            "polite = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+            "jobs = [sweep.Job('test', t, [sys.executable, '-c', c]) for t, c in (('a', stubborn), ('b', polite))]\n"
+            "sweep.run_jobs(jobs, 2, [], Path(sys.argv[2]))")
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 60
+        while sum(log.read_text().strip()[-1:].isdigit() and len(log.read_text().splitlines()) > 2
+                  for log in tmp_path.glob("*.log")) < 2:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        pids = [int(log.read_text().split()[-1]) for log in tmp_path.glob("*.log")]
+        process.send_signal(sent)
+        assert process.wait(timeout=30) != 0
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        assert bystander.poll() is None
+    finally:
+        for one in (process, bystander):
+            one.kill()
+            one.wait()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_and_is_finished_the_second_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = SWEEP | {"train": {"epochs": 1}, "all": SWEEP["all"] | {"seed": 0}, "main": {"opt": "WA", "merg_itr": 1}}
+    Path("sweep.yaml").write_text(yaml.safe_dump(small))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert sweep.main(["sweep.yaml", "--num_parallel", "2"]) == 0
+    assert "3 of 3 done" in capsys.readouterr().out
+    folders = sorted(file.parent for file in Path("results").glob("**/metrics.csv"))
+    assert len(folders) == 2 and len(list(Path("runs").glob("*.log"))) == 3
+    rows = [rows_of(folder) for folder in folders]
+    assert sweep.main(["sweep.yaml"]) == 0
+    assert rows == [rows_of(folder) for folder in folders]
+    assert all("finished before" in log.read_text() for log in Path("runs").glob("[mb]*.log"))
+    shutil.rmtree("checkpoint")
+    Path("checkpoint").write_text("in the way")
+    assert sweep.main(["sweep.yaml"]) == 1
+    captured = capsys.readouterr()
+    assert "failed: train" in captured.err and "not run: main" in captured.err and "log: runs/" in captured.err
+
+
+def test_errors(tmp_path, capsys):
+    assert sweep.main([str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("[")
+    assert sweep.main([str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml can't be read" in capsys.readouterr().err

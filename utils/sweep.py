@@ -1,0 +1,436 @@
+"""Run a table's worth of experiments: a grid over the scripts' options, pre-training included.
+
+A sweep is a list of jobs, each one command; some wait for others (a run for its checkpoints). As many run at a time as
+allowed, one that fails stops nothing but what waits for it, and the same sweep given again skips what is finished and
+resumes what was interrupted, because the scripts do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.checkpoint import checkpoint_folder
+from utils.files import load_yaml
+from utils.options import Formatter, boolean, number
+from utils.progress import say
+
+SCRIPTS = ("train", "main", "base_lines")
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 20.0  # seconds for a job to end after it was asked to
+
+
+@dataclass(eq=False)
+class Job:
+    """One command. title: what tells it from its siblings; after: jobs that must have succeeded before it."""
+
+    script: str
+    title: str
+    command: list[str]
+    after: list[Job] = field(default_factory=list)
+    state: str = "waiting"  # running, done, failed, skipped
+    seconds: float = 0.0
+
+    @property
+    def log(self) -> str:
+        """A name of its own, the same in every sweep that holds this command."""
+        readable = re.sub(r"[^\w.,=-]+", "_", f"{self.script}_{self.title}")[:150].strip("_")
+        return f"{readable}_{hashlib.sha1(shlex.join(self.command[1:]).encode()).hexdigest()[:8]}.log"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From options to jobs
+
+
+def grid(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the options whose values are lists."""
+    axes = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """--key=value for all that are not None."""
+    return [f"--{key}={value}" for key, value in options.items() if value is not None]
+
+
+class Planner:
+    """Makes jobs of options, each distinct command once, and checks every command line on the way.
+
+    parsers: script -> its argument parser. extra: arguments that every script that knows them is given.
+    """
+
+    def __init__(self, parsers: Mapping[str, ArgumentParser], extra: Sequence[str] = ()) -> None:
+        self.parsers, self.extra = parsers, list(extra)
+        self.jobs: dict[tuple[str, ...], Job] = {}
+
+    def train(self, options: Mapping[str, Any], title: str) -> tuple[Job, Path]:
+        """Pre-training, and where its checkpoints will lie."""
+        known = self.known("train", self.extra)
+        job = self._job("train", title, [sys.executable, "-u", "-m", "train", *arguments(options), *known])
+        return job, self.checkpoints([*arguments(options), *known])
+
+    def checkpoints(self, argv: Sequence[str]) -> Path:
+        """Where `train.py argv` puts its checkpoints."""
+        from train import fill_defaults
+
+        o = self._parse("train", [*argv])
+        fill_defaults(o)
+        return checkpoint_folder(vars(o))
+
+    def run(self, script: str, options: Mapping[str, Any], title: str, after: Job | None, launched: bool) -> Job:
+        """A run of main.py or base_lines.py; with `launched` a process for each agent."""
+        given = [*arguments(options), *self.extra, "--resume"]
+        o = self._parse(script, given)
+        start = ["-u", "-m", script]
+        if launched:
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.num_models}",
+                     str(ROOT / f"{script}.py")]
+        return self._job(script, title, [sys.executable, *start, *given], after)
+
+    def _job(self, script: str, title: str, command: list[str], after: Job | None = None) -> Job:
+        job = self.jobs.setdefault(tuple(command), Job(script, title, command))
+        if after and after not in job.after:
+            job.after.append(after)
+        return job
+
+    def known(self, script: str, extra: Sequence[str]) -> list[str]:
+        """Those of the extra arguments that this script has."""
+        flags = {flag for action in self.parsers[script]._actions for flag in action.option_strings}
+        known, keep = [], False
+        for word in extra:
+            keep = word.partition("=")[0] in flags if word.startswith("--") else keep
+            known += [word] if keep else []
+        return known
+
+    def _parse(self, script: str, argv: list[str]) -> Namespace:
+        """Now, rather than when the job's turn comes."""
+        parser = self.parsers[script]
+        parser.error = lambda message: _refuse(f"{script}: {message}")
+        return parser.parse_args(argv)
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def varying(options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The options that differ within a grid, or that always tell what a run is."""
+    keys = dict.fromkeys(key for one in options for key in one)
+    return [key for key in keys if len({str(one.get(key)) for one in options}) > 1]
+
+
+def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
+    """The jobs of a sweep file.
+
+    all: options of every script; train: a grid of pre-trainings; main, base_lines: a grid, or a list of grids, of runs
+    from each of these (their --ckp, data set, model, agents and seed follow). Without `train` the runs stand alone.
+    `launch: false` in a grid of base_lines keeps all agents in one process.
+    """
+    if odd := sorted(content.keys() - {"all", *SCRIPTS}):
+        raise ValueError(f"unknown part {odd[0]!r}: a sweep has the parts all, {', '.join(SCRIPTS)}")
+    common = content.get("all") or {}
+    common = {key.replace("random_seed", "seed"): value for key, value in common.items()}
+    starts: list[tuple[dict, Job | None, Path | None]] = []
+    if "train" in content:
+        trainings = list(grid(common | (content["train"] or {})))
+        for options in trainings:
+            title = ",".join(f"{k}={options[k]}" for k in varying(trainings)) or "training"
+            starts.append((options, *planner.train(_for("train", options, planner), title)))
+    else:
+        starts = [(options, None, None) for options in grid(common)]
+    for script in ("main", "base_lines"):
+        grids = content.get(script) or []
+        for one in [grids] if isinstance(grids, Mapping) else grids:
+            one = dict(one)
+            launched = script == "base_lines" and one.pop("launch", True)
+            own = [(base | options, job, ckp) for base, job, ckp in starts for options in grid(one)]
+            names = varying([options for options, *_ in own])
+            for options, job, ckp in own:
+                shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
+                shared = _for(script, shared, planner) | {k: options[k] for k in one}
+                shared |= {"ckp": ckp} if ckp and not _true(options.get("randominit")) else {}
+                title = ",".join(f"{k}={options[k]}" for k in names) or script
+                planner.run(script, shared, title, job, launched)
+    return list(planner.jobs.values())
+
+
+_SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed", "width_multiplier", "train_samples",
+           "test_samples", "holdout", "data_dir", "imgntdir", "device")
+
+
+def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
+    """Those of the options that a script has: what all scripts are given need not be known to each."""
+    flags = {flag for action in planner.parsers[script]._actions for flag in action.option_strings}
+    return {key: value for key, value in options.items() if f"--{key}" in flags}
+
+
+def _true(value: Any) -> bool:
+    return value is not None and boolean(str(value))
+
+
+def plan_flags(script: str, o: Namespace, planner: Planner) -> list[Job]:
+    """The jobs of train.sh, main.sh and base_lines.sh: as the paper's scripts, every combination of the lists."""
+    axes = {"dataset": [item.split(",")[0] for item in o.datasets_nums_classes.split()], "model": o.models.split(),
+            "num_models": o.nums_models.split(), "data_dist": o.data_dists.split(), "seed": o.random_seeds.split()}
+    if script == "train":
+        runs = list(grid(axes | {"epochs": o.epochs.split()}))
+        for options in runs:
+            planner.train(options, ",".join(f"{k}={v}" for k, v in options.items()))
+        return list(planner.jobs.values())
+    axes |= {"exp": o.exps.split(), "opt": o.opts.split(), "randominit": o.randominits.split(),
+             "diffinit": o.diffinits.split()}
+    if script == "main":
+        axes |= {"epochs": o.epochs.split(), "merg_itr": o.merg_itrs.split(), "merg_itr_init": o.merg_itr_inits.split(),
+                 "training": [True]}
+    else:
+        axes |= {"epochs": o.epoch.split(), "num_epochs": o.nums_epochs.split()}
+    for options in grid(axes):
+        title = ",".join(f"{k}={v}" for k, v in options.items() if k not in ("training", "merg_itr_init"))
+        if not _true(options["randominit"]):
+            data = {k: options[k] for k in ("dataset", "model", "num_models", "data_dist")}
+            seed = options["seed"] if o.checkpoint_seed is None else o.checkpoint_seed
+            how = arguments(data | {"seed": seed}) + planner.known("train", planner.extra)
+            options |= {"ckp": planner.checkpoints([*how, f"--epochs={o.pretrain_epochs}"])}
+        planner.run(script, options, title, None, launched=script == "base_lines")
+    return list(planner.jobs.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running them
+
+
+def environment(parallel: int, gpu: str | None) -> dict[str, str]:
+    """A job's share of the machine."""
+    env = dict(os.environ)
+    if gpu is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpu
+    if parallel > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int, gpus: Sequence[str], folder: Path) -> None:
+    """Run all jobs, `parallel` at a time while there are so many left, each with a log in `folder`.
+
+    Sets every job's state. Ctrl-C, or a TERM signal, ends exactly the processes that were started, and is raised again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    running: dict[Job, tuple[subprocess.Popen, float, str | None]] = {}
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    began = time.monotonic()
+    try:
+        while any(job.state in ("waiting", "running") for job in jobs):
+            for job in jobs:
+                if job.state == "waiting" and any(other.state in ("failed", "skipped") for other in job.after):
+                    job.state = "skipped"
+                ready = job.state == "waiting" and all(other.state == "done" for other in job.after)
+                if ready and len(running) < parallel:
+                    gpu = min(gpus, key=[g for *_, g in running.values()].count) if gpus else None
+                    running[job] = (_start(job, folder, environment(parallel, gpu)), time.monotonic(), gpu)
+                    job.state = "running"
+                    _status(jobs, began)
+            for job, (process, started, _) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    job.state, job.seconds = "failed" if process.returncode else "done", time.monotonic() - started
+                    _report(job, jobs, folder, process.returncode)
+                    _status(jobs, began)
+            time.sleep(0.1)
+    except BaseException:
+        _end([process for process, *_ in running.values()])
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _start(job: Job, folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    with open(folder / job.log, "a") as log:
+        log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(job.command)}\n")
+        log.flush()
+        # A session of its own: Ctrl-C is ours to pass on.
+        return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+                                start_new_session=True)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Ask, then insist: a launcher that is killed at once would leave its workers behind."""
+    for sent, patience in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0)):
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, sent)
+        end = time.monotonic() + patience
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _counts(jobs: Sequence[Job]) -> str:
+    states = [job.state for job in jobs]
+    words = [f"{states.count(state)} {state}" for state in ("running", "waiting", "failed", "skipped")
+             if states.count(state)]
+    return f"{states.count('done')} of {len(jobs)} done" + "".join(f", {word}" for word in words)
+
+
+def _status(jobs: Sequence[Job], began: float) -> None:
+    """A line that is written over, where somebody is looking."""
+    if sys.stderr.isatty():
+        minutes = (time.monotonic() - began) / 60
+        print(f"\r\033[K{_counts(jobs)}, {minutes:.0f} min", end="", file=sys.stderr, flush=True)
+
+
+def _report(job: Job, jobs: Sequence[Job], folder: Path, code: int) -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    how = f"failed (exit {code}), see {folder / job.log}" if code else f"done in {job.seconds:.0f} s"
+    say(f"[{_counts(jobs)}] {job.script} {job.title}: {how}")
+
+
+def last_words(log: Path) -> str:
+    """The line of a failed run's log that says why."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()]
+    return said[-1][:300] if said else ""
+
+
+def carry_out(jobs: Sequence[Job], o: Namespace) -> int:
+    """Print the commands, or run them; the exit status."""
+    if not o.run_python:
+        for job in jobs:
+            print(shlex.join(job.command))
+        print(f"# {len(jobs)} commands; {o.how_to_run} runs them, {o.num_parallel} at a time")
+        return 0
+    folder = Path(o.log_dir)
+    gpus = [gpu.strip() for gpu in o.gpus.split(",") if gpu.strip()] if o.gpus else []
+    print(f"{len(jobs)} jobs, {o.num_parallel} at a time, logs in {folder}/", flush=True)
+    try:
+        run_jobs(jobs, o.num_parallel, gpus, folder)
+    except KeyboardInterrupt:
+        done = sum(job.state == "done" for job in jobs)
+        print(f"\nstopped after {done} of {len(jobs)} jobs; give the same command again to continue", file=sys.stderr)
+        return 130
+    failed = [job for job in jobs if job.state == "failed"]
+    for job in failed:
+        print(f"failed: {job.script} {job.title}\n    {last_words(folder / job.log)}\n    log: {folder / job.log}",
+              file=sys.stderr)
+    for job in jobs:
+        if job.state == "skipped":
+            why = ", ".join(other.title for other in job.after if other.state != "done")
+            print(f"not run: {job.script} {job.title}: the {job.after[0].script} job it needs failed ({why})",
+                  file=sys.stderr)
+    print(_counts(jobs))
+    return 1 if failed else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def scripts_parsers() -> dict[str, ArgumentParser]:
+    """The scripts' own parsers, with the registries' names."""
+    from base_lines import make_parser as of_base_lines
+    from main import make_parser as of_main
+    from train import make_parser as of_train
+
+    return {"train": of_train(), "main": of_main(), "base_lines": of_base_lines()}
+
+
+def _options(p: ArgumentParser, runs: bool) -> None:
+    p.add_argument("--num_parallel", type=number(int, 1), default=1, metavar="N", help="jobs at a time")
+    p.add_argument("--gpus", default=None, metavar="0,1", help="deal the jobs out to these GPUs")
+    p.add_argument("--log_dir", default="runs", metavar="DIR", help="where the logs go, one for each job")
+    if runs:
+        p.add_argument("--dry_run", dest="run_python", action="store_false", default=True,
+                       help="print the commands and how many there are, and run none")
+    else:
+        p.add_argument("--run_python", type=boolean, default=False, metavar="True|False",
+                       help="run the commands; else they are only printed")
+
+
+def file_parser() -> ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m utils.sweep", formatter_class=Formatter, allow_abbrev=False,
+        description="Run every experiment of a sweep file, pre-training first. Finished runs are skipped, interrupted "
+                    "ones resume.\n\nexample:\n  python -m utils.sweep configs/paper/table_ring.yaml --num_parallel 2",
+        epilog="train.sh, main.sh and base_lines.sh are this command with the script's name for the file.")
+    p.add_argument("file", metavar="FILE.yaml", help="a grid over the scripts' options")
+    _options(p, runs=True)
+    return p
+
+
+def flags_parser(script: str) -> ArgumentParser:
+    """The flags of train.sh, main.sh, base_lines.sh: lists in one argument, separated by blanks."""
+    p = argparse.ArgumentParser(
+        prog=f"./{script}.sh", formatter_class=Formatter, allow_abbrev=False,
+        description=f"Run {script}.py for every combination of the lists (separated by blanks, in quotes). Flags after "
+                    "-- go to the script as they are.")
+    lists = {"nums_models": ("5", "numbers of agents"), "data_dists": ("iid", "distributions of the data"),
+             "datasets_nums_classes": ("cifar100", "data sets; a number of classes after a comma is not needed"),
+             "models": ("resnet20", "architectures"), "random_seeds": ("0", "seeds")}
+    if script == "train":
+        lists["epochs"] = ("100", "epochs of training")
+    else:
+        lists |= {"opts": ("DIMAT" if script == "main" else "CDSGD", "methods"), "exps": ("1", "topologies by number"),
+                  "randominits": ("False", "start from random models"), "diffinits": ("False", "different ones")}
+    if script == "main":
+        lists |= {"epochs": ("2", "local epochs of an iteration"), "merg_itrs": ("100", "merge iterations"),
+                  "merg_itr_inits": ("0", "start after so many of them")}
+    if script == "base_lines":
+        lists |= {"epoch": ("200", "epochs in all"), "nums_epochs": ("2", "epochs between two evaluations")}
+    for name, (default, text) in lists.items():
+        p.add_argument(f"--{name}", default=default, metavar="LIST", help=text)
+    if script != "train":
+        p.add_argument("--pretrain_epochs", type=number(int, 0), default=100, help="of the checkpoints to start from")
+        p.add_argument("--checkpoint_seed", type=number(int, 0), default=None, metavar="SEED",
+                       help="start all seeds from this one's checkpoints, as the paper's scripts do with 0 "
+                            "(default: each from its own)")
+    _options(p, runs=False)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in SCRIPTS:
+            script, *argv = argv
+            cut = argv.index("--") if "--" in argv else len(argv)
+            o = flags_parser(script).parse_args(argv[:cut])
+            o.how_to_run = "--run_python true"
+            jobs = plan_flags(script, o, Planner(scripts_parsers(), argv[cut + 1:]))
+        else:
+            o = file_parser().parse_args(argv)
+            o.how_to_run = "leaving out --dry_run"
+            if not Path(o.file).is_file():
+                raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
+            jobs = plan_file(load_yaml(Path(o.file)), Planner(scripts_parsers()))
+        if not jobs:
+            raise ValueError("nothing to run: the grid is empty")
+        return carry_out(jobs, o)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
