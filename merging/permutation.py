@@ -89,6 +89,12 @@ class PermutationSpec:
     reads: dict[str, tuple[Read, ...]]
     tensors: tuple[str, ...]
 
+    @property
+    def stuck(self) -> dict[str, str]:
+        """Hidden layers without a unit that can be permuted -> why: what is fixed but inputs, outputs, single units."""
+        return {name: reason for name, reason in self.fixed.items() if " dim " not in name and "[" not in name
+                and reason not in ("the model's output", "a single unit", "no layer reads it")}
+
     @cached_property
     def of_tensor(self) -> dict[str, list[tuple[str, Member]]]:
         """State-dict name -> (group, member) of all that moves in it."""

@@ -8,6 +8,7 @@ be symbolically traceable). A *rule* says what a function does to layouts; one w
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -256,9 +257,13 @@ class Trace(Watch):
         in_place = any(result is tensor for result in results for tensor in tensors) and call.name not in _UNARY_VIEWS
         name = call.name[:-1] if call.name.endswith("_") and not call.name.startswith("_") else call.name
         rule = _RULES.get(name)
+        if in_place and name in _MOVES:
+            rule = None  # the tensor's shape has changed already
         try:
             found = rule(self, call) if rule else None
-        except _NoRule:
+        except Exception as error:  # arguments that the rule doesn't know: what it fixed and tied so far does no harm
+            if os.environ.get("DIMAT_DEBUG") and not isinstance(error, _NoRule):
+                raise
             found = None
         if found is None:
             self.give_up(call)
@@ -290,6 +295,9 @@ class Trace(Watch):
         elif isinstance(value, Tensor):
             shape = tuple(x[index].shape)
             self.units.join([(view, shape), self.operand(value)], "an assignment" + here())
+            if self.is_activation(value):
+                self.layouts.setdefault(x, ())
+                self.alive[x] = True
 
     def _write(self, result: Tensor) -> None:
         """Other views of the memory hold the same units: what is written was joined with what was there."""

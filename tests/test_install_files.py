@@ -123,10 +123,11 @@ take_step(BASELINES["SIGN"], agents, hoods, Settings(0.1), OneProcess(3))
 
 @pytest.mark.parametrize(
     "heading, before, after",
-    [("Merge your own models", "", ""), ("Extend it", EXTENSION_IMPORTS, EXTENSION_USES)],
+    [("Merge your own models", "", ""), ("Your own model", "", ""), ("Extend it", EXTENSION_IMPORTS, EXTENSION_USES)],
 )
-def test_the_examples_of_the_readme_run(heading, before, after):
+def test_the_examples_of_the_readme_run(heading, before, after, tmp_path):
     section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
     code = section.split("~~~python\n")[1].split("~~~\n")[0]
-    result = subprocess.run([sys.executable, "-c", before + code + after], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", before + code + after], cwd=tmp_path, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr

@@ -430,6 +430,13 @@ class Auxiliary(nn.Module):
         return (out, self.aux(x.mean((2, 3)))) if self.training else out
 
 
+def rows_of_an_empty_tensor(m, x):
+    rows = torch.empty(len(x), 2, 8, dtype=x.dtype)
+    for n in range(2):
+        rows[:, n] = x[:, :, n].mean(-1)
+    return rows.flatten(1)
+
+
 IMAGES = ((3, 8, 8),)
 
 # Network, shapes of its inputs, and how many units can move: within groups, without the blocks they may lie in.
@@ -490,6 +497,10 @@ HIDDEN = {
     "a constant token": (
         lambda: Applied(lambda m, x: torch.cat([x.flatten(2).mT, torch.arange(8.0).expand(len(x), 1, 8)], 1).amax(1)),
         IMAGES, 0),
+    "rows of an empty tensor": (lambda: Applied(rows_of_an_empty_tensor, features=16), IMAGES, 0),
+    "turned in place": (lambda: Applied(lambda m, x: x.clone().transpose_(1, 2)), IMAGES, 0),
+    "a result given": (lambda: Applied(lambda m, x: torch.add(x, m.inner(x).relu(), out=torch.empty_like(x)),
+                                       inner=nn.Conv2d(8, 8, 1)), IMAGES, 0),
     "a gated linear unit": (lambda: Applied(lambda m, x: F.glu(x, 1), features=4), IMAGES, 4),
     "repeated channels": (lambda: Applied(lambda m, x: x.repeat(1, 2, 1, 1), features=16), IMAGES, 8),
     "normalised across channels": (lambda: Applied(lambda m, x: F.local_response_norm(x, 3)), IMAGES, 0),

@@ -288,6 +288,17 @@ def test_what_cannot_be_permuted_safely_is_fixed_and_listed():
     assert derive_spec(Dangling(), torch.zeros(1, 3, 8, 8)).fixed["dangling"] == "no layer reads it"
 
 
+def test_arguments_that_a_rule_does_not_know_fix_what_goes_in(monkeypatch):
+    from merging import tracing
+
+    monkeypatch.setitem(tracing._RULES, "relu", lambda trace, call: call.args[7])
+    spec = derive_spec(Applied(lambda m, x: m.inner(x.relu()), inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
+    assert list(spec.sizes) == ["inner"] and "no rule for relu" in spec.fixed["conv"] and list(spec.stuck) == ["conv"]
+    monkeypatch.setenv("DIMAT_DEBUG", "1")
+    with pytest.raises(ValueError, match="tuple index out of range"):
+        derive_spec(Applied(lambda m, x: x.relu()), torch.zeros(1, 3, 8, 8))
+
+
 def test_hooks_take_part():
     model = Plain()
     model[4].register_forward_hook(lambda module, inputs, output: output * torch.arange(7.0)[:, None, None])
