@@ -63,8 +63,8 @@ class Fleet:
         return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
                        make_generator=lambda: generator(o.seed, agent, iteration, "match"))
 
-    def merge(self, iteration: int) -> list[State]:
-        """x_i <- sum_j w_ij P_ij(x_j) for every agent i."""
+    def merge(self, iteration: int, stats: list[dict]) -> list[State]:
+        """x_i <- sum_j w_ij P_ij(x_j) for every agent i. `stats` gets a row for all that was matched."""
         o = self.o
         if o.match_data == "all":
             data = {"batches": self.matching_batches(np.sort(np.concatenate(self.train_parts)), 0, iteration)}
@@ -74,7 +74,7 @@ class Fleet:
         try:
             return merge(self.states, self.weights, method="WA" if o.opt == ALONE else o.opt, model=self.trainer.model,
                          spec=self.spec, bn_reset=o.bn_reset, match_at=o.match_at,
-                         match_memory=int(o.match_memory * 2**30), **data)
+                         match_memory=int(o.match_memory * 2**30), stats=stats, **data)
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: {error}") from error
 
@@ -143,8 +143,9 @@ def merge_and_train(fleet: Fleet, folder: RunFolder, finished: int, phase: str) 
     o = fleet.o
 
     def merge_phase(iteration: int) -> None:
-        began = time.perf_counter()
-        fleet.states = fleet.merge(iteration)
+        began, stats = time.perf_counter(), []
+        fleet.states = fleet.merge(iteration, stats)
+        folder.record_merge(iteration, stats)
         record(folder, fleet, iteration, "merged", fleet.states, began)
         folder.save_models("merged", fleet.states)
 

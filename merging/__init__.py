@@ -29,8 +29,9 @@ MATCH_AT = ("last", "all")
 class Method:
     """A way to match models.
 
-    match(spec, model, states, pairs, batches, at=, match_memory=) returns, for the pairs (i, j), the permutations that
-    take model j's units to model i's order; a pair it leaves out is averaged as it is.
+    match(spec, model, states, pairs, batches, at=, match_memory=, correlations=) returns, for the pairs (i, j), the
+    permutations that take model j's units to model i's order; a pair it leaves out is averaged as it is. It may fill
+    `correlations`, (i, j) -> group -> mean correlation of the matched units.
     """
 
     match: Callable[..., dict[Edge, Permutations]]
@@ -52,9 +53,9 @@ def register_method(name: str, *, permutes: bool = True, reads_images: bool = Fa
 
 
 @register_method("DIMAT", reads_images=True)
-def match_by_activations(spec, model, states, pairs, batches, *, at, match_memory) -> dict[Edge, Permutations]:
+def match_by_activations(spec, model, states, pairs, batches, **options: Any) -> dict[Edge, Permutations]:
     """Activation matching (DIMAT, the paper's method)."""
-    return match_activations(spec, model, states, pairs, batches, at=at, match_memory=match_memory)
+    return match_activations(spec, model, states, pairs, batches, **options)
 
 
 @register_method("WM")
@@ -84,6 +85,7 @@ def merge(
     bn_reset: str = "both",
     match_at: str = "all",
     match_memory: int | None = None,
+    stats: list[dict[str, Any]] | None = None,
 ) -> list[State]:
     """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).
 
@@ -106,6 +108,9 @@ def merge(
         bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
             agents' models before their activations are matched (local: each on its own images), as in the paper.
         match_at, match_memory: see `match_activations`.
+        stats: a list that gets a row for every agent, neighbour and group: {agent, neighbour, group, units,
+            correlation (mean over the matched units; None if not matched by activations), moved (share of the
+            neighbour's units that change their place)}.
 
     Raises:
         ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
@@ -148,7 +153,12 @@ def merge(
 
     def match(agents: list[int]) -> dict[Edge, Permutations]:
         pairs = [(i, j) for i in agents for j in sources[i] if j != i]
-        return way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, match_memory=match_memory)
+        correlations: dict[Edge, dict[str, float]] = {}
+        found = way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, match_memory=match_memory,
+                          correlations=correlations)
+        if stats is not None and spec is not None:
+            stats.extend(_match_stats(spec, found, pairs, correlations))
+        return found
 
     matched = match(bases) if bases and local_batches is None else None
     merged = {}
@@ -164,6 +174,17 @@ def merge(
     if once:
         return [merged[bases[0]]] * len(states)
     return [merged[i] if i in merged else _clone(states[int(row.argmax())]) for i, row in enumerate(weights)]
+
+
+def _match_stats(spec: PermutationSpec, matched: dict[Edge, Permutations], pairs: list[Edge],
+                 correlations: dict[Edge, dict[str, float]]) -> Iterator[dict[str, Any]]:
+    for i, j in sorted(set(pairs) & matched.keys()):
+        values = correlations.get((i, j), correlations.get((j, i), {}))
+        for group, p in matched[i, j].items():
+            if spec.members[group]:  # else blocks, which hold nothing but units of other groups
+                moved = float((p.cpu() != torch.arange(len(p))).float().mean())
+                yield {"agent": i, "neighbour": j, "group": group, "units": len(p), "correlation": values.get(group),
+                       "moved": moved}
 
 
 def _clone(state: State) -> State:

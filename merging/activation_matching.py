@@ -99,6 +99,7 @@ def match_activations(
     *,
     at: str = "all",
     match_memory: int | None = None,
+    correlations: dict[Edge, dict[str, float]] | None = None,
 ) -> dict[Edge, Permutations]:
     """Permutations between models from the correlation of their activations on the same images.
 
@@ -114,6 +115,8 @@ def match_activations(
             are summed over all its consumers' inputs.
         match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
             taken in blocks, with one pass over the images per block, which is announced.
+        correlations: filled with the mean correlation of the matched units, (i, j) with i < j -> group that is read ->
+            mean over its units and the places they are read at.
 
     Returns:
         For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
@@ -134,11 +137,16 @@ def match_activations(
         )
     matched = {}
     for block in blocks:
-        correlations = _correlations(reader, states, block, batches)
+        of_groups = _correlations(reader, states, block, batches)
         for i, j in block:
             similarity = {group: _similarity(reads, i, j, group) if reads else torch.eye(spec.sizes[group])
-                          for group, reads in correlations.items() if reads or group not in blocks_of_units}
+                          for group, reads in of_groups.items() if reads or group not in blocks_of_units}
             taking = assign(spec, similarity)
+            if correlations is not None:
+                correlations[i, j] = {
+                    group: float(similarity[group].gather(1, taking[group][:, None]).mean()) / len(reads)
+                    for group, reads in of_groups.items() if reads
+                }
             matched[i, j], matched[j, i] = taking, invert(taking)
     return matched
 

@@ -127,7 +127,7 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     units, state, names = Units(), {}, _names(model)
     trace = _watch(model.eval(), inputs, units, names, state)
     failure = ""
-    if set(names.values()) - state.keys():  # auxiliary heads work in training only
+    if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
             _watch(model.train(), inputs, units, names, state)
         except ValueError as error:
@@ -135,7 +135,7 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     everything = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(everything.items())}
     unused = [name for name, tensor in everything.items() if names.get(id(tensor), first[id(tensor)]) not in state
-              and not name.endswith("num_batches_tracked")]
+              and _matters(name)]
     if unused:
         raise UnsupportedOperation(
             f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
@@ -145,6 +145,11 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     if check and spec.sizes:
         verify(original, spec, example)
     return spec
+
+
+def _matters(name: str) -> bool:
+    """Whether a tensor must take part in a forward pass; BatchNorm's counter does not, in evaluation mode."""
+    return not name.endswith("num_batches_tracked")
 
 
 def _two_samples(model: nn.Module, example: Example) -> tuple[Tensor, ...]:

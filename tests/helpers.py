@@ -55,9 +55,9 @@ def rows_of(folder: Path) -> list[dict]:
 def equal_runs(a: Path, b: Path) -> None:
     """All saved tensors, accuracy matrices and metrics.csv apart from its timings."""
     assert rows_of(a) == rows_of(b)
-    for kind in ("**/*.pth", "accuracy_matrix/*.csv"):
+    for kind in ("**/*.pth", "accuracy_matrix/*.csv", "merge_stats.csv"):
         files = sorted(f.relative_to(a) for f in a.glob(kind))
-        assert files and files == sorted(f.relative_to(b) for f in b.glob(kind))
+        assert (files or kind == "merge_stats.csv") and files == sorted(f.relative_to(b) for f in b.glob(kind))
         for file in files:
             assert (a / file).read_bytes() == (b / file).read_bytes(), file
     x, y = (torch.load(f / "state.pt", weights_only=True) | {"metrics_bytes": 0} for f in (a, b))  # holds timings

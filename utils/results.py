@@ -26,6 +26,7 @@ from utils.training import Diverged, EpochStats, Evaluation
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
            "bytes_received")
+MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
@@ -131,6 +132,11 @@ class RunFolder:
             self.save_models(state["phase"], state["states"])
         if metrics.exists():
             os.truncate(metrics, length)
+        merges = self.path / "merge_stats.csv"
+        if merges.exists():
+            lines = merges.read_text().splitlines(keepends=True)
+            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= iteration]
+            merges.unlink() if not kept else save_text(merges, "".join([lines[0], *kept]))
         for stale in self.path.glob("**/iteration_*"):
             if int(re.search(r"iteration_(\d+)", stale.name).group(1)) > iteration:
                 stale.unlink()
@@ -138,21 +144,19 @@ class RunFolder:
 
     def record(self, iteration: int, phase: str, rows: list[dict[str, Any]], matrix: np.ndarray) -> None:
         """Append one row per agent to metrics.csv and write the accuracy matrix (N, N + 1)."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, METRICS, lineterminator="\n")
-        metrics = self.path / "metrics.csv"
-        if not metrics.exists() or metrics.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerows({"iteration": iteration, "phase": phase} | row for row in rows)
-        with open(metrics, "a", newline="") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path / "metrics.csv", METRICS, [{"iteration": iteration, "phase": phase} | row for row in rows])
         n = len(matrix)
         header = ",".join(["agent", *(f"part_{j}" for j in range(n)), "all"])
         lines = [",".join([str(i), *(f"{value:.4f}" for value in row)]) for i, row in enumerate(matrix)]
         save_text(self.path / "accuracy_matrix" / f"iteration_{iteration:04d}_{phase}.csv",
                   "\n".join([header, *lines]) + "\n")
+
+    def record_merge(self, iteration: int, stats: list[dict[str, Any]]) -> None:
+        """Append what a merge matched to merge_stats.csv: a row for every agent, neighbour and group."""
+        rows = [{"iteration": iteration} | row | {
+            key: "" if row[key] is None else f"{row[key]:.4f}" for key in ("correlation", "moved")} for row in stats]
+        if rows:
+            _append(self.path / "merge_stats.csv", MERGE_STATS, rows)
 
     def save_models(self, phase: str, states: list[dict[str, Tensor]]) -> None:
         """The latest models of a phase, as plain state dicts."""
@@ -165,6 +169,19 @@ class RunFolder:
         if keep:
             save_tensors(self.path / "states" / f"iteration_{state['iteration']:04d}.pt", state)
         save_tensors(self.path / "state.pt", state)
+
+
+def _append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Rows at the end of a CSV file, on the disk when this returns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerows(rows)
+    with open(path, "a", newline="") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def consensus_distance(states: Sequence[dict[str, Tensor]], parameters: Iterable[str]) -> float:

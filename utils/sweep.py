@@ -140,7 +140,7 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     """The jobs of a sweep file.
 
     all: options of every script; train: a grid of pre-trainings; main, base_lines: a grid, or a list of grids, of runs
-    from each of these (their --ckp, data set, model, agents and seed follow). Without `train` the runs stand alone.
+    that start at each of these (--ckp, data set, model, agents and seed follow). Without `train` they stand alone.
     `launch: false` in a grid of base_lines keeps all agents in one process.
     """
     if odd := sorted(content.keys() - {"all", *SCRIPTS}):

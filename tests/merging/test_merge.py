@@ -340,3 +340,23 @@ def test_a_module_under_two_names_is_merged_once_and_the_same(method):
     for state in merge(models, [[0.5, 0.5], [0.5, 0.5]], method=method, batches=[torch.randn(50, 4)]):
         assert torch.equal(state["middle.weight"], state["again.weight"])
         models[0].load_state_dict(state)
+
+
+def test_stats_say_how_well_units_matched_and_how_many_moved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    state = model.state_dict()
+    moved = permute(derive_spec(model, torch.zeros(1, 4)), {"0": torch.tensor([1, 0, 2, 3, 4, 5]),
+                                                           "2": torch.tensor([4, 3, 2, 1, 0])}, state)
+    images = [torch.randn(200, 4)]
+    for method in ("DIMAT", "WM", "WA"):
+        stats = []
+        merge([state, moved], [[0.5, 0.5], [0.4, 0.6]], method=method, batches=images, model=model, stats=stats)
+        rows = [(row["agent"], row["neighbour"], row["group"], row["units"], row["moved"]) for row in stats]
+        if method == "WA":
+            assert not rows
+            continue
+        assert rows == [(i, 1 - i, group, units, pytest.approx(share))
+                        for i in range(2) for group, units, share in (("0", 6, 2 / 6), ("2", 5, 4 / 5))]
+        expected = 1.0 if method == "DIMAT" else None
+        assert all(row["correlation"] == (pytest.approx(expected) if expected else None) for row in stats)

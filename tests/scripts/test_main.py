@@ -1,6 +1,7 @@
 """main.py as a user runs it: it continues, refuses, counts its passes and really learns."""
 
 import contextlib
+import csv
 import random
 import shutil
 import time
@@ -47,6 +48,10 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
     # 50 images of each agent in every local epoch
     assert [row["samples"] for row in rows[::4]] == ["0", "0", "50", "50", "100", "100", "150", "150"]
     assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 4
+    merges = list(csv.DictReader((uninterrupted / "merge_stats.csv").open()))
+    assert len(merges) == 4 * 8 * 12  # iterations, ordered pairs of neighbours, groups
+    assert {row["iteration"] for row in merges} == set("1234") and merges[0]["group"] == "conv1"
+    assert all(0 < float(row["correlation"]) <= 1 and 0 <= float(row["moved"]) <= 1 for row in merges)
 
 
 def test_a_finished_run_says_so(uninterrupted, checkpoints):
@@ -316,7 +321,7 @@ def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
     agents, train, test = 4, 200, len(load_dataset("digits").test)
     merges = 2 * (2 * agents * train + agents * train)  # each agent's model twice, each merged one once
     evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
-    traced = 2  # the example from which the permutation groups are derived
+    traced = 3 * 2  # the example from which the permutation groups are derived, and the check of these
     assert sum(images) == merges + evaluations + train + traced
 
 
@@ -335,6 +340,6 @@ def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
         shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
     assert len({(shared / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 1
     # one evaluation of the shared model is every agent's, and the average's
-    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 2
+    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 3 * 2
     own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
     assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4
