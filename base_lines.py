@@ -206,7 +206,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
         goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
         return RunFolder(path, config, free=free, resume=o.resume or goes_on, start=0,
-                         overwrite=o.overwrite and not goes_on)
+                         overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)
 
     made_with, states, topology, train_parts, test_parts, trainer = network.together(prepare)
     folder = network.together(open_folder)

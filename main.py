@@ -254,7 +254,7 @@ def run(o: Namespace, command: str) -> Path:
         config["pi"] = topology.pi.tolist()  # the file may change
     matter = options_that_matter(o, made_with)
     with RunFolder(run_folder(vars(o), matter), config, free={key for key, value in matter.items() if value is None},
-                   resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite) as folder:
+                   resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite, tensorboard=o.tensorboard) as folder:
         if folder.finished >= o.merg_itr and not folder.start:
             folder.load()  # drops what a longer run had begun
             print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")

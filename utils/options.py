@@ -181,6 +181,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
     g = p.add_argument_group("run")
     g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
     _flag(g, "--resume", help="continue an interrupted run")
     g.add_argument("--keep", choices=["last", "all"], default="last",
                    help="keep the state of the last iteration, or of each (for --merg_itr_init)")
@@ -223,6 +224,7 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
     g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
     g = p.add_argument_group("run")
     g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
     _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
     g = p.add_argument_group("processes")
     g.add_argument("--backend", choices=backends, default="auto",

@@ -1,15 +1,26 @@
-"""Pictures of runs. matplotlib is imported only when a picture is drawn."""
+"""Figures of runs: reading them, comparing like with like, and the pictures that the demo and the toolkit share.
+
+`python -m utils.plots results/ --out figures/` draws all that run folders hold; utils/run_plots.py says what.
+matplotlib is imported only when a picture is drawn.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import math
 import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from utils.files import write_atomically
+from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, write_atomically
+from utils.results import FREE
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
@@ -19,7 +30,11 @@ STYLES = {
     "NONE": {"color": "#555555", "marker": "", "linestyle": "--"},
 }
 OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OTHER_MARKERS = ("D", "v", "P", "X", "<", ">", "*", "h")
+LINESTYLES = ("-", "--", "-.", ":")
 LABELS = {"NONE": "agents alone"}
+ALONE = "NONE"
+PHASES = ("initial", "merged", "trained")  # in the order they have within an iteration
 
 
 @dataclass(frozen=True)
@@ -69,10 +84,279 @@ def accuracy_curve(
     return Curve(np.array(iterations), *map(np.array, reduce))
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Runs, and which of them are comparable
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder: the options in its config.yaml and the rows of its metrics.csv."""
+
+    path: Path
+    config: dict[str, Any]
+    rows: list[dict[str, str]]
+
+    @property
+    def method(self) -> str:
+        return self.config["opt"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def agents(self) -> int:
+        return self.config["num_models"]
+
+    @property
+    def phases(self) -> tuple[str, str]:
+        """Where its curves have their points: at the start and after each merge; base_lines.py only trains."""
+        return ("initial", "trained" if "num_epochs" in self.config else "merged")
+
+    @property
+    def local_epochs(self) -> int:
+        """Epochs of an agent from one point of the curve to the next; 0 for merges without training between."""
+        config = self.config
+        return config.get("num_epochs") or (config.get("epochs", 0) if config.get("training") else 0)
+
+    @property
+    def panel(self) -> tuple[str, ...]:
+        """(data set, model, topology, agents, data distribution): runs that share it can be drawn together."""
+        config = self.config
+        dirichlet = config["data_dist"] == "dirichlet" and config.get("alpha") is not None
+        data_dist = f"dirichlet {config['alpha']:g}" if dirichlet else config["data_dist"]
+        return (config["dataset"], config["model"], Path(config["topology"]).stem, str(self.agents), data_dist)
+
+    @property
+    def last(self) -> int:
+        """The last iteration there are figures of."""
+        return max(int(row["iteration"]) for row in self.rows)
+
+    def curve(self, column: str) -> Curve:
+        """`column` over the agents, at the points of this run's curves."""
+        return accuracy_curve(self.rows, column, self.phases)
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Runs that differ in nothing but the seed, ascending; `label` names what tells them from other lines."""
+
+    panel: tuple[str, ...]
+    method: str
+    label: str
+    runs: tuple[Run, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises OSError or ValueError, saying why, where `folder` holds no run that can be drawn."""
+    config = load_yaml(folder / "config.yaml")
+    for key, kind in {"opt": str, "topology": str, "num_models": int, "seed": int, "dataset": str, "model": str,
+                      "data_dist": str}.items():
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"config.yaml has no {key}")
+    rows = read_metrics(folder)
+    for number, row in enumerate(rows, start=2):
+        try:
+            figures = [float(row[key]) for key in ("test_accuracy", "consensus_distance", "bytes_sent")]
+            sound = all(map(math.isfinite, figures)) and int(row["iteration"]) >= 0 and row["phase"] in PHASES
+            sound = sound and 0 <= int(row["agent"]) < config["num_models"]
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ValueError(f"metrics.csv, line {number}, is not a row of a run (cut short?)")
+    return Run(folder, config, rows)
+
+
+def find_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]:
+    """All runs in and below `paths`, and notes about what was skipped. Raises FileNotFoundError for no such path."""
+    folders: dict[Path, Path] = {}  # by where they really are: paths may overlap
+    notes = []
+
+    def unreadable(error: OSError) -> None:
+        notes.append(f"skipped {error.filename}: {error.strerror}")
+
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give a results folder")
+        path = path.parent if path.is_file() else path
+        for root, below, files in os.walk(path, onerror=unreadable):
+            below.sort()
+            if "metrics.csv" in files:
+                folders.setdefault(Path(root).resolve(), Path(root))
+    runs = []
+    for folder in folders.values():
+        try:
+            if not (folder / "config.yaml").is_file():
+                raise ValueError("there is a metrics.csv, but no config.yaml beside it")
+            runs.append(read_run(folder))
+        except (OSError, ValueError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or str(error).replace(f"{folder}{os.sep}", "")
+            notes.append(f"skipped {folder}: {reason}")
+    return runs, notes
+
+
+# Told by a run's place in the picture, by its line or by other options; FREE are those that change no figure.
+ELSEWHERE = {"opt", "seed", "dataset", "model", "topology", "num_models", "data_dist", "alpha", "num_epochs",
+             "training", "randominit", "diffinit", "initial_models", "memory_layout"}
+# Differences in these make any two lines of a panel unequal, whatever their methods.
+FAIRNESS = {"epochs", "init", "pretrain_epochs", "pretrain_seed", "partition_seed", "phase", "train_samples",
+            "test_samples", "holdout", "width_multiplier"}
+MATCHING = ("match_data", "match_samples", "match_augment")
+TRAINING = ("batch_size", "optim", "lr", "momentum", "weight_decay", "amp")
+
+
+def options_that_matter(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's options can change its figures, but for seed and panel, and only where they have a say.
+
+    An option that config.yaml lacks, because it is older than the option, has the value of the reference table.
+    """
+    baseline = "num_epochs" in config
+    trains = baseline or bool(config.get("training"))
+    given = {key: value for key, value in config.items() if value is not None}
+    o = {key: value for key, value in ((BASELINE_REFERENCE if baseline else REFERENCE) | given).items()
+         if key not in FREE | ELSEWHERE}
+    # `epochs` of base_lines.py says only how far the run goes.
+    o["epochs"] = config["num_epochs"] if baseline else config.get("epochs", 0) if trains else 0
+    idle = set() if trains else {key for key in TRAINING if key != "batch_size"}  # matching reads batches, too
+    if not baseline:
+        merges, matches = config["opt"] != ALONE, config["opt"] == "DIMAT"
+        idle |= {"bn_reset"} if not merges else set()
+        idle |= {"match_at"} if not matches else set()
+        idle |= set(MATCHING) if not merges or (not matches and o["bn_reset"] == "none") else set()
+    idle |= {"phase"} if config["data_dist"] != "non-iid-PF" else set()
+    if o["partition_seed"] is None:
+        o["partition_seed"] = config["seed"]
+    if config.get("imgntdir"):
+        o["imgntdir"] = Path(config["imgntdir"]).name
+    o = {key: value for key, value in o.items() if key not in idle and not key.startswith("pretrain_")}
+    if config.get("randominit"):
+        o["init"] = "different_random" if config.get("diffinit") else "same_random"
+    else:
+        o |= {"init": "trained"} | pretraining(config)
+    return {key: hashlib.sha1(repr(value).encode()).hexdigest()[:6] if isinstance(value, (list, dict)) else value
+            for key, value in o.items()}
+
+
+def pretraining(config: dict[str, Any]) -> dict[str, Any]:
+    """How the agents that a run began with were trained, as far as the path of its `ckp` says; {} without one."""
+    ckp = config.get("ckp") or ""
+    found = re.search(r"(same|diff)_initialization/.*?num_epochs_(\d+)(?:/([^/]*=[^/]*))?/random_seed_(\d+)", ckp)
+    if not found:  # not laid out by train.py: all there is is its name, less the run's seed
+        return {"ckp": re.sub(rf"(seed_?){config['seed']}(?!\d)", r"\1*", ckp)} if ckp else {}
+    init, epochs, unusual, seed = found.groups()
+    was = dict(item.partition("=")[::2] for item in (unusual or "").split(","))
+    return {"pretrain_init": init, "pretrain_epochs": int(epochs), "pretrain_seed": int(seed)} | {
+        f"pretrain_{key}": was.get(key, str(REFERENCE[key])) for key in TRAINING}
+
+
+def varying(options: Sequence[dict[str, Any]]) -> set[str]:
+    """The options with several values; where one has no say it differs from nothing."""
+    keys = {key for one in options for key in one}
+    return {key for key in keys if len({str(one[key]) for one in options if key in one}) > 1}
+
+
+def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
+    """Put the runs that differ only in their seed together, and name what differs otherwise; with notes.
+
+    A label holds the options that differ, in any panel, within its method, and those of FAIRNESS that differ between
+    the methods of any panel: it means the same in all panels. A run of a line and seed that is there already is left
+    out, and noted: repeating a run gives no second seed.
+    """
+    options = [options_that_matter(run.config) for run in runs]
+    panels: dict[tuple[str, ...], list[int]] = {}
+    for index, run in enumerate(runs):
+        panels.setdefault(run.panel, []).append(index)
+    shown: dict[str, set[str]] = {run.method: set() for run in runs}
+    for members in panels.values():
+        for key in ("partition_seed", "pretrain_seed"):  # as a rule the run's own, and then no difference in itself
+            if len({options[i].get(key) for i in members} - {None}) > 1:
+                for i in members:
+                    if options[i].get(key) == runs[i].seed:
+                        options[i][key] = "own"
+        unfair = varying([options[i] for i in members]) & FAIRNESS
+        for method in shown:
+            shown[method] |= unfair | varying([options[i] for i in members if runs[i].method == method])
+    groups: dict[tuple[tuple[str, ...], str, str], dict[int, Run]] = {}
+    notes = []
+    for run, matter in zip(runs, options, strict=True):
+        said = [_said(key, matter[key]) for key in sorted(shown[run.method], key=lambda key: (key != "epochs", key))
+                if key in matter]
+        label = ", ".join([LABELS.get(run.method, run.method), *said])
+        same = groups.setdefault((run.panel, run.method, label), {})
+        other = same.get(run.seed)
+        kept = same[run.seed] = run if other is None or run.last > other.last else other
+        if other is not None:
+            dropped = other if kept is run else run
+            notes.append(f"left out {dropped.path}: it has the options and the seed of {kept.path}")
+    lines = [Line(*key, tuple(same[seed] for seed in sorted(same))) for key, same in groups.items()]
+    for line in lines:
+        if len({run.last for run in line.runs}) > 1:
+            reached = ", ".join(f"{run.seed}: {run.last}" for run in line.runs)
+            notes.append(f"{line.label} ({', '.join(line.panel)}): the seeds have got to different iterations "
+                         f"({reached}); only those that all have are drawn")
+    known = [method for method in STYLES if method != ALONE]
+    rank = {method: position for position, method in enumerate(known)} | {ALONE: len(known) + 1}
+    return sorted(lines, key=lambda line: (line.panel, rank.get(line.method, len(known)), _natural(line.label))), notes
+
+
+def _said(key: str, value: Any) -> str:
+    if key == "epochs":
+        return f"{value} local epochs" if value else "no training"
+    return f"{SHORT.get(key, key)}={value}"
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts 100 after 20."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def styles(methods: dict[str, str]) -> dict[str, dict[str, str]]:
+    """A line style for every label (label -> method), each different from the others.
+
+    The first line of a known method keeps the method's style; all others take the colours that are left.
+    """
+    kept, others = {}, []
+    for label, method in methods.items():
+        if method in STYLES and method not in {methods[one] for one in kept}:
+            kept[label] = STYLES[method]
+        else:
+            others.append(label)
+    taken = {line["color"] for line in kept.values()} | {STYLES[ALONE]["color"]}
+    free = [*OTHER_COLOURS, *(line["color"] for line in STYLES.values() if line["color"] not in taken)]
+    for n, label in enumerate(others):
+        kept[label] = {"color": free[n % len(free)], "marker": OTHER_MARKERS[n % len(OTHER_MARKERS)],
+                       "linestyle": LINESTYLES[(n + n // len(free)) % len(LINESTYLES)]}
+    return kept
+
+
 def style(method: str, position: int = 0) -> dict[str, str]:
     """Line style of a method; one that is not known by name gets a colour by its `position` in the legend."""
     other = {"color": OTHER_COLOURS[position % len(OTHER_COLOURS)], "marker": "D"}
     return STYLES.get(method, other)
+
+
+def curves_panel(axes, curves: dict[str, Curve], looks: dict[str, dict[str, str]], bands: bool = True) -> list:
+    """Draw curves (label -> curve) on matplotlib `axes`: the mean as a line, low to high as a band; returns the lines.
+
+    looks: each label's line style.
+    """
+    lines = []
+    for label, curve in curves.items():
+        look = looks[label]
+        marked = max(1, len(curve.iterations) // 12)  # a hundred markers would hide their line
+        lines += axes.plot(curve.iterations, curve.mean, label=label, linewidth=2, markersize=5, markevery=marked,
+                           **look)
+        if bands:
+            axes.fill_between(curve.iterations, curve.low, curve.high, color=look["color"], alpha=0.2, linewidth=0)
+    axes.margins(x=0.02)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return lines
 
 
 def accuracy_panel(axes, curves: dict[str, Curve], title: str) -> None:
@@ -81,18 +365,12 @@ def accuracy_panel(axes, curves: dict[str, Curve], title: str) -> None:
     `NONE` (agents alone) is the reference and is drawn as a line without a band.
     """
     for position, (method, curve) in enumerate(curves.items()):
-        line = style(method, position)
-        axes.plot(curve.iterations, curve.mean, label=LABELS.get(method, method), linewidth=2, markersize=5, **line)
-        if method != "NONE":
-            axes.fill_between(curve.iterations, curve.low, curve.high, color=line["color"], alpha=0.2, linewidth=0)
+        label = LABELS.get(method, method)
+        curves_panel(axes, {label: curve}, {label: style(method, position)}, bands=method != ALONE)
     axes.set_title(title)
     axes.set_xlabel("merge iteration")
     axes.set_ylim(0, 100)
-    axes.margins(x=0.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def accuracy_figure(panels: dict[str, dict[str, Curve]], path: str | os.PathLike, caption: str = "") -> None:
@@ -153,5 +431,16 @@ def new_figure(width: float, height: float):
 
 def save_figure(figure, path: str | os.PathLike) -> None:
     """Complete or not at all; the suffix of `path` (.png, .pdf, .svg) says how."""
+    from matplotlib import rc_context
+
     path = Path(path)
-    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=130))
+    kind = path.suffix[1:] or "png"
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)  # the same run, the same file
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dimat"}):  # many venues refuse PDFs with Type 3 fonts
+        write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=130, metadata=undated))
+
+
+if __name__ == "__main__":
+    from utils.run_plots import main
+
+    sys.exit(main())

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
-        "local_rank", "processes", "launch"}
+        "local_rank", "processes", "launch", "tensorboard"}
 
 
 def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:
@@ -54,8 +54,10 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, free: Collection[str] = (), resume: bool, start: int,
-                 overwrite: bool):
+                 overwrite: bool, tensorboard: bool = False):
         self.path = path
+        self.board = None
+        self.make_board = _summary_writer() if tensorboard else None
         self.lock = claim(path)
         if overwrite:
             clear(path)
@@ -87,6 +89,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.board:
+            self.board.close()
         self.lock.__exit__(*exception)
 
     def _iteration(self, name: str) -> int:
@@ -132,6 +136,8 @@ class RunFolder:
             self.save_models(state["phase"], state["states"])
         if metrics.exists():
             os.truncate(metrics, length)
+        if self.make_board:  # what lies beyond the state is hidden from the curves
+            self.board = self.make_board(str(self.path / "tensorboard"), purge_step=iteration + 1)
         merges = self.path / "merge_stats.csv"
         if merges.exists():
             lines = merges.read_text().splitlines(keepends=True)
@@ -145,11 +151,24 @@ class RunFolder:
     def record(self, iteration: int, phase: str, rows: list[dict[str, Any]], matrix: np.ndarray) -> None:
         """Append one row per agent to metrics.csv and write the accuracy matrix (N, N + 1)."""
         _append(self.path / "metrics.csv", METRICS, [{"iteration": iteration, "phase": phase} | row for row in rows])
+        if self.board:
+            self._draw(iteration, phase, rows)
         n = len(matrix)
         header = ",".join(["agent", *(f"part_{j}" for j in range(n)), "all"])
         lines = [",".join([str(i), *(f"{value:.4f}" for value in row)]) for i, row in enumerate(matrix)]
         save_text(self.path / "accuracy_matrix" / f"iteration_{iteration:04d}_{phase}.csv",
                   "\n".join([header, *lines]) + "\n")
+
+    def _draw(self, iteration: int, phase: str, rows: list[dict[str, Any]]) -> None:
+        """Live curves: every column's mean over the agents, and each agent's test accuracy."""
+        for key in ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "consensus_distance",
+                    "average_model_accuracy", "bytes_sent"):
+            values = [row[key] for row in rows if row[key] != ""]
+            if values:
+                self.board.add_scalar(f"{phase}/{key}", float(np.mean(values)), iteration)
+        for row in rows:
+            self.board.add_scalar(f"{phase}, agents/{row['agent']}", row["test_accuracy"], iteration)
+        self.board.flush()
 
     def record_merge(self, iteration: int, stats: list[dict[str, Any]]) -> None:
         """Append what a merge matched to merge_stats.csv: a row for every agent, neighbour and group."""
@@ -169,6 +188,14 @@ class RunFolder:
         if keep:
             save_tensors(self.path / "states" / f"iteration_{state['iteration']:04d}.pt", state)
         save_tensors(self.path / "state.pt", state)
+
+
+def _summary_writer() -> Callable[..., Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter
 
 
 def _append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:

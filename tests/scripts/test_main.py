@@ -4,6 +4,7 @@ import contextlib
 import csv
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -343,3 +344,20 @@ def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
     assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 3 * 2
     own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
     assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4
+
+
+def test_live_curves_or_a_word_on_what_is_missing(checkpoints, tmp_path, monkeypatch):
+    command = [*RUN, f"--ckp={checkpoints}", "--opt=WA", "--merg_itr=1", "--tensorboard"]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch.utils.tensorboard", None)
+        result = script("main", *command, cwd=tmp_path, check=False)
+        assert result.returncode == 2 and "pip install tensorboard" in result.stderr
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = folder_of(script("main", *command, cwd=tmp_path), tmp_path)
+    script("main", *command, "--merg_itr=2", "--resume", cwd=tmp_path)
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    points = [(event.step, event.value) for event in events.Scalars("merged/test_accuracy")]
+    rows = [row for row in rows_of(folder) if row["phase"] == "merged"]
+    means = [np.mean([float(row["test_accuracy"]) for row in rows if row["iteration"] == str(k)]) for k in (1, 2)]
+    assert points == [(1, pytest.approx(means[0], abs=1e-3)), (2, pytest.approx(means[1], abs=1e-3))]
