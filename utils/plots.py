@@ -146,6 +146,13 @@ class Line:
     label: str
     runs: tuple[Run, ...]
 
+    @property
+    def rank(self) -> tuple:
+        """Its place in a legend: the known methods first, agents alone last, 20 before 100."""
+        known = [method for method in STYLES if method != ALONE]
+        place = known.index(self.method) if self.method in known else len(known) + (self.method == ALONE)
+        return place, [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", self.label)]
+
 
 def read_run(folder: Path) -> Run:
     """Raises OSError or ValueError, saying why, where `folder` holds no run that can be drawn."""
@@ -294,20 +301,13 @@ def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
             reached = ", ".join(f"{run.seed}: {run.last}" for run in line.runs)
             notes.append(f"{line.label} ({', '.join(line.panel)}): the seeds have got to different iterations "
                          f"({reached}); only those that all have are drawn")
-    known = [method for method in STYLES if method != ALONE]
-    rank = {method: position for position, method in enumerate(known)} | {ALONE: len(known) + 1}
-    return sorted(lines, key=lambda line: (line.panel, rank.get(line.method, len(known)), _natural(line.label))), notes
+    return sorted(lines, key=lambda line: (line.panel, line.rank)), notes
 
 
 def _said(key: str, value: Any) -> str:
     if key == "epochs":
         return f"{value} local epochs" if value else "no training"
     return f"{SHORT.get(key, key)}={value}"
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts 100 after 20."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -339,10 +339,10 @@ def style(method: str, position: int = 0) -> dict[str, str]:
     return STYLES.get(method, other)
 
 
-def curves_panel(axes, curves: dict[str, Curve], looks: dict[str, dict[str, str]], bands: bool = True) -> list:
+def curves_panel(axes, curves: dict[str, Curve], looks: dict[str, dict[str, str]], bands: float = 0.2) -> list:
     """Draw curves (label -> curve) on matplotlib `axes`: the mean as a line, low to high as a band; returns the lines.
 
-    looks: each label's line style.
+    looks: each label's line style; bands: their opacity, 0 for none.
     """
     lines = []
     for label, curve in curves.items():
@@ -351,7 +351,7 @@ def curves_panel(axes, curves: dict[str, Curve], looks: dict[str, dict[str, str]
         lines += axes.plot(curve.iterations, curve.mean, label=label, linewidth=2, markersize=5, markevery=marked,
                            **look)
         if bands:
-            axes.fill_between(curve.iterations, curve.low, curve.high, color=look["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(curve.iterations, curve.low, curve.high, color=look["color"], alpha=bands, linewidth=0)
     axes.margins(x=0.02)
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -366,7 +366,7 @@ def accuracy_panel(axes, curves: dict[str, Curve], title: str) -> None:
     """
     for position, (method, curve) in enumerate(curves.items()):
         label = LABELS.get(method, method)
-        curves_panel(axes, {label: curve}, {label: style(method, position)}, bands=method != ALONE)
+        curves_panel(axes, {label: curve}, {label: style(method, position)}, bands=0.2 if method != ALONE else 0)
     axes.set_title(title)
     axes.set_xlabel("merge iteration")
     axes.set_ylim(0, 100)
