@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, tensors_of
+from merging.tracing import Count, Recorder, Source, Trace, UnsupportedOperation, tensors_of, tensors_within
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
 from utils.plots import groups_figure
 
@@ -122,14 +122,14 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, and for
     parameters or buffers that it does not use; ValueError when the model refuses the example.
     """
-    inputs = _two_samples(model, example)
+    inputs = _samples(model, example)
     original, model = model, copy.deepcopy(model)
-    units, state, names = Units(), {}, _names(model)
-    trace = _watch(model.eval(), inputs, units, names, state)
+    shared = units, names, state, _ = Units(), _names(model), {}, {}
+    trace = _watch(model.eval(), inputs, *shared)
     failure = ""
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
-            _watch(model.train(), inputs, units, names, state)
+            _watch(model.train(), inputs, *shared)
         except ValueError as error:
             failure = f" Those of training only can't be seen, because {error}"
     everything = model.state_dict(keep_vars=True)
@@ -143,8 +143,20 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
         )
     spec = _spec(units, trace, everything, names)
     if check and spec.sizes:
+        _check_reads(model.eval(), spec, trace, _samples(model, example, 3))
         verify(original, spec, example)
     return spec
+
+
+@torch.no_grad()
+def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: tuple[Tensor, ...]) -> None:
+    """Reads are found by counting calls, which must not depend on the size of the batch."""
+    with Count() as count:
+        model(*inputs)
+    for function in {read.function for reads in spec.reads.values() for read in reads}:
+        if count.calls[function] != trace.calls[function]:
+            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
+                                       f"samples and {count.calls[function]} times for three, one after the other")
 
 
 def _matters(name: str) -> bool:
@@ -152,15 +164,19 @@ def _matters(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _two_samples(model: nn.Module, example: Example) -> tuple[Tensor, ...]:
-    """Inputs of two samples, so that the batch doesn't pass for a dimension of length 1."""
+def _samples(model: nn.Module, example: Example, number: int = 2) -> tuple[Tensor, ...]:
+    """Inputs of several samples, so that the batch doesn't pass for a dimension of length 1."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn((2, *x.shape[1:]), generator=noise).to(like.device, like.dtype) if x.is_floating_point()
-        else torch.zeros((2, *x.shape[1:]), dtype=x.dtype, device=like.device)
-        for x in ((example,) if isinstance(example, Tensor) else example)
-    )
+
+    def sample(x: Tensor) -> Tensor:
+        shape = (number, *x.shape[1:])
+        if x.is_floating_point():
+            return torch.randn(shape, generator=noise).to(like.device, like.dtype)
+        top = int(x.max()) + 1 if x.numel() and x.dtype != torch.bool else 1  # numbers as large as the example's
+        return torch.randint(top, shape, generator=noise).to(like.device, x.dtype)
+
+    return tuple(map(sample, (example,) if isinstance(example, Tensor) else example))
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -173,8 +189,10 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 @torch.no_grad()
 def _watch(model: nn.Module, inputs: tuple[Tensor, ...], units: Units, names: dict[int, str],
-           state: dict[str, Layout]) -> Trace:
-    trace = Trace(units, names, state)
+           state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
+    attributes = [value for module in model.modules() for key, value in vars(module).items()
+                  if key not in ("_parameters", "_buffers", "_modules")]
+    trace = Trace(units, names, state, grouped, tensors_of(attributes))
     for x in inputs:
         trace.layouts[x], trace.alive[x] = (), True
     try:
@@ -185,7 +203,7 @@ def _watch(model: nn.Module, inputs: tuple[Tensor, ...], units: Units, names: di
     except Exception as error:  # the model's own code runs here: anything can be raised
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ValueError(f"{type(model).__name__} fails on an example of shape {shapes}: {error}") from error
-    for tensor in tensors_of(outputs):
+    for tensor in tensors_within(outputs):
         units.fix(trace.layout(tensor), "the model's output")
     return trace
 
@@ -260,7 +278,7 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
     """
     model = copy.deepcopy(model).cpu().double().eval()
     noise = torch.Generator().manual_seed(1)
-    inputs = _two_samples(model, example)
+    inputs = _samples(model, example)
     own, state = model.state_dict(keep_vars=True), model.state_dict()
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel() > 1 and (tensor.ndim == 1 or tensor.min() == tensor.max()):
@@ -274,7 +292,7 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
     def outputs(state: dict[str, Tensor]) -> Tensor:
         for name, tensor in own.items():
             tensor.data = state[name]
-        results = tensors_of(model(*inputs))
+        results = tensors_within(model(*inputs))
         return torch.cat([result.double().flatten() for result in results])
 
     def error(permutations: Permutations) -> float:

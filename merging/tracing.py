@@ -79,6 +79,17 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def tensors_within(tree: Any) -> list[Tensor]:
+    """Those in the fields of objects too."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, Callable)):
+            found += tensors_within(vars(leaf))
+    return found
+
+
 def function_name(func: Callable) -> str:
     """`__getitem__` -> getitem, `__rsub__` -> sub, the property T -> T; in-place functions keep their underscore."""
     name = getattr(func, "__name__", type(func).__name__)
@@ -134,6 +145,13 @@ class Recorder(Watch):
         return call.func(*call.args, **call.kwargs)
 
 
+class Count(Watch):
+    """Only counts."""
+
+    def watch(self, call: Call) -> Any:
+        return call.func(*call.args, **call.kwargs)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The trace
 
@@ -142,10 +160,12 @@ class Trace(Watch):
     """One forward pass, watched. Several may share `units` and `state`: what they find adds up.
 
     state: the layouts found so far of the model's parameters and buffers.
+    grouped: the same for all, of grouped convolutions. attributes: tensors of the model that are in no state dict.
     readings: where layers read units. written: the memory that some operation has written to in place.
     """
 
-    def __init__(self, units: Units, names: dict[int, str], state: dict[str, Layout]) -> None:
+    def __init__(self, units: Units, names: dict[int, str], state: dict[str, Layout], grouped: dict[str, Labels],
+                 attributes: Sequence[Tensor]) -> None:
         super().__init__()
         self.units, self.names, self.state = units, names, state
         self.layouts: Any = WeakTensorKeyDictionary()  # of what was computed
@@ -153,8 +173,12 @@ class Trace(Watch):
         self.sources: Any = WeakTensorKeyDictionary()
         self.serials: Any = WeakTensorKeyDictionary()
         self.serial = 0
+        self.constants: Any = WeakTensorKeyDictionary()  # made in the forward pass, of no tensor that counts
+        self.grouped: dict[str, Labels] = grouped  # a grouped convolution's weight -> the units along its dimension 1
         self.readings: list[Reading] = []
         self.written: set[int] = set()
+        for tensor in attributes:
+            self.constants[tensor] = True
 
     # What rules use
 
@@ -171,6 +195,8 @@ class Trace(Watch):
         name = self.name(tensor)
         if name is None:
             return ()
+        if name in self.grouped:  # and something else
+            self.units.fix((self.grouped[name],), f"{name} is used in two ways{here()}")
         if name not in self.state:
             self.state[name] = ()
             if tensor.is_floating_point():
@@ -243,8 +269,18 @@ class Trace(Watch):
         tables = [tensor for tensor in known if not (tensor.is_floating_point() or tensor in self.layouts)]
         for table in tables:
             self.layout(table)  # of positions, or a mask: it holds no units, and what is made of it neither
+        for tensor in tensors:
+            if tensor.is_floating_point() and not (tensor in self.layouts or tensor in self.constants
+                                                   or self.name(tensor) is not None):
+                raise UnsupportedOperation(
+                    f"{call.name}{here()} meets a tensor of shape {tuple(tensor.shape)} that was made where it can't "
+                    "be seen, as in torch.jit.script or vmap: write that in plain PyTorch, or make a constant a buffer"
+                )
         if len(known) == len(tables) or call.name in _CONSTANTS:
-            return call.func(*call.args, **call.kwargs)
+            result = call.func(*call.args, **call.kwargs)
+            for tensor in tensors_of(result):
+                self.constants[tensor] = True
+            return result
         if call.name in _VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known):
             raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, which "
                                        "may depend on the order of its units: keep them in tensors")
@@ -254,8 +290,10 @@ class Trace(Watch):
         results = call.results
         if not results:
             return call.result
-        in_place = any(result is tensor for result in results for tensor in tensors) and call.name not in _UNARY_VIEWS
         name = call.name[:-1] if call.name.endswith("_") and not call.name.startswith("_") else call.name
+        # A view may be the tensor itself, where there is nothing to do.
+        in_place = any(result is tensor for result in results for tensor in tensors) and not (
+            call.name in _UNARY_VIEWS or call.name in _MOVES)
         rule = _RULES.get(name)
         if in_place and name in _MOVES:
             rule = None  # the tensor's shape has changed already
@@ -399,7 +437,7 @@ _MOVES = _MOVE_SEVERAL | _words(
     "expand expand_as broadcast_to repeat tile repeat_interleave chunk split split_with_sizes tensor_split unbind "
     "getitem select narrow index_select flip fliplr flipud roll rot90 hsplit vsplit dsplit pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal ravel view_as reshape_as as_strided "
-    "take_along_dim gather tril triu atleast_1d atleast_2d"
+    "take_along_dim gather atleast_1d atleast_2d"
 )
 _READ_BEFORE = _words(
     "dropout dropout1d dropout2d dropout3d alpha_dropout view reshape flatten unflatten squeeze unsqueeze transpose "
@@ -447,6 +485,8 @@ def _reduce(trace: Trace, call: Call) -> list[Layout]:
         given = None
     dims = _dims(given, x.ndim)
     keep = all(result.ndim == x.ndim for result in call.results)
+    if call.name in ("max", "min", "median") and len(call.results) > 1:  # and where they were found
+        trace.plain(x, dims, call.name + here())
     for labels in trace.layout(x):
         if varied(labels) & set(dims) and varied(labels) - set(dims):
             trace.read(call, x, labels, call.name)  # maxout: only a part of the units in a block may count
@@ -470,7 +510,8 @@ def _along_a_dimension(trace: Trace, call: Call) -> list[Layout]:
     """The order of the entries along the dimension counts: it must hold no units."""
     x = call.args[0]
     default = None if call.name in ("argmax", "argmin") else -1
-    dims = _dims(call.argument(2 if call.name in ("topk", "kthvalue") else 1, "dim", default), x.ndim)
+    at = 2 if call.name in ("topk", "kthvalue") else 1
+    dims = _dims(call.argument(at, "dim", call.kwargs.get("axis", default)), x.ndim)
     layout = trace.plain(x, dims, call.name + here())
     keep = call.results[0].ndim == x.ndim
     if not keep:
@@ -487,8 +528,9 @@ def _move(trace: Trace, call: Call) -> list[Layout]:
         data = [n for n in data if leaves[n] is call.tensors[0]][:1]
     if call.name == "view" and any(isinstance(leaf, torch.dtype) for leaf in leaves):
         raise _NoRule
-    indices = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
-    if any(trace.layout(leaf) for leaf in indices if trace.is_activation(leaf)) or not data:
+    indices = [leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and n not in data
+               and trace.is_activation(leaf)]
+    if any(map(trace.layout, indices)) or not data:
         raise _NoRule
     def function(numbers: list[Tensor]) -> list[Tensor]:
         replaced = list(leaves)
@@ -504,7 +546,17 @@ def _move(trace: Trace, call: Call) -> list[Layout]:
         used = {dim}.union(*(varied(labels) for layout, _ in operands for labels in layout))
         operands = [(layout, tuple(n if d in used else min(n, 2) for d, n in enumerate(shape)))
                     for layout, shape in operands]
-    return trace.units.move(function, operands, call.name + here())
+    if not indices:
+        return trace.units.move(function, operands, call.name + here())
+    # Picked by numbers that other inputs change: units that are not all taken, and in their order, can't move.
+    ((layout, shape),) = operands
+    survivors = []
+    for labels in layout:
+        (moved,) = trace.units.move(function, [((labels,), shape)], call.name + here())
+        whole = len(moved) == 1 and np.array_equal(moved[0].ravel(), labels.ravel())
+        survivors += moved if whole else []
+        trace.units.fix(() if whole else (labels,), f"picked by number in {call.name}{here()}")
+    return [tuple(survivors)]
 
 
 @_rule("pad")
@@ -705,17 +757,15 @@ def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor
         raise _NoRule
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     rest = (1,) * (x.ndim - 2)
-    known = name in trace.state
-    if known:
-        made = trace.state[name]
-    else:
-        made = (units.new((groups * outputs, *(1,) * (weight.ndim - 1)), name, (0,)),)
-        if inputs > 1:
-            made += (units.new((groups, inputs), name, (1,), blocks=groups),)
-        trace.state[name] = made
-    own = made[0].reshape(groups, outputs)
+    if name not in trace.grouped:
+        if name in trace.state:  # as something else
+            raise _NoRule
+        trace.state[name] = (units.new((groups * outputs, *(1,) * (weight.ndim - 1)), name, (0,)),)
+        trace.grouped[name] = units.new((groups, inputs), name, (1,), groups) if inputs > 1 else units.new((0,))
+    (rows,), columns = trace.state[name], trace.grouped[name]
+    own = rows.reshape(groups, outputs)
     if not layout:
-        units.fix(made, f"meets entries that hold no units in {name}")
+        units.fix((rows, columns), f"meets entries that hold no units in {name}")
         return ()
     labels = layout[0].reshape(groups, inputs)
     if inputs == 1:
@@ -728,16 +778,18 @@ def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor
         units.tie(follow, own)
         return (follow.reshape(1, -1, *rest),)
     trace.read(call, x, layout[0], name)
-    units.tie(labels, made[1])
+    units.tie(labels, columns)
     blocks = units.new((groups, 1))
     units.nest(labels, blocks)
     units.nest(own, blocks)
-    return (made[0].reshape(1, -1, *rest),)
+    return (rows.reshape(1, -1, *rest),)
 
 
 @_rule("embedding")
 def _embedding(trace: Trace, call: Call) -> list[Layout]:
     index, weight = call.argument(0, "input"), call.argument(1, "weight")
+    if trace.layout(index):
+        raise _NoRule
     result = []
     for labels in trace.layout(weight):
         if 0 in varied(labels):
@@ -752,6 +804,10 @@ def _attention(trace: Trace, call: Call) -> list[Layout]:
     q, k, v = call.args[:3] if len(call.args) >= 3 else call.tensors[:3]
     mask = call.argument(3, "attn_mask")
     if call.kwargs.get("enable_gqa") or not q.ndim == k.ndim == v.ndim >= 2:
+        raise _NoRule
+    in_order = call.argument(5, "is_causal", False) and any(
+        q.ndim - 2 in varied(labels) for t in (q, k, v) for labels in trace.layout(t))
+    if in_order:
         raise _NoRule
     batch = _LETTERS[: q.ndim - 2]
     scores = _product(trace, call, [(q, batch + "nd"), (k, batch + "md")], batch + "nm")

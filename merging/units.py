@@ -209,6 +209,8 @@ class Units:
         result = []
         for dims, parts in found.items():
             if not dims:
+                for _, single in parts:  # one unit was picked: it is not like the others any more
+                    self.tie(single, self.new(single.shape))
                 continue
             labels = parts[0][1].copy()
             for _, part in parts[1:]:

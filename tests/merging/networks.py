@@ -437,6 +437,12 @@ def rows_of_an_empty_tensor(m, x):
     return rows.flatten(1)
 
 
+def one_channel_is_cleared(m, x):
+    x = x.clone()
+    x[:, 2] = 0
+    return x
+
+
 IMAGES = ((3, 8, 8),)
 
 # Network, shapes of its inputs, and how many units can move: within groups, without the blocks they may lie in.
@@ -501,6 +507,23 @@ HIDDEN = {
     "turned in place": (lambda: Applied(lambda m, x: x.clone().transpose_(1, 2)), IMAGES, 0),
     "a result given": (lambda: Applied(lambda m, x: torch.add(x, m.inner(x).relu(), out=torch.empty_like(x)),
                                        inner=nn.Conv2d(8, 8, 1)), IMAGES, 0),
+    "one channel is cleared": (lambda: Applied(one_channel_is_cleared), IMAGES, 7),
+    "one channel gates all": (
+        lambda: Applied(lambda m, x: m.inner(x) * x[:, :1], inner=nn.Conv2d(8, 8, 1)), IMAGES, 15),
+    "the strongest channel's number": (
+        lambda: Applied(lambda m, x: x * x.max(1, keepdim=True)[1] + m.inner(x), inner=nn.Conv2d(8, 8, 1)), IMAGES, 0),
+    "a word for the strongest channel": (
+        lambda: Applied(lambda m, x: m.words(x.mean((2, 3)).argmax(1)) + m.inner(x.mean((2, 3))),
+                        words=nn.Embedding(8, 8), inner=nn.Linear(8, 8)), IMAGES, 8),
+    "sorted along an axis": (lambda: Applied(lambda m, x: m.inner(x) + x.cumsum(axis=1), inner=nn.Conv2d(8, 8, 1)),
+                             IMAGES, 0),
+    "a triangle of a matrix": (lambda: Applied(lambda m, x: F.linear(x.mean((2, 3)), m.inner.weight.tril()).relu(),
+                                               inner=nn.Linear(8, 8, bias=False)), IMAGES, 0),
+    "a grouped weight's norm": (
+        lambda: Applied(lambda m, x: m.inner(x) / m.inner.weight.abs().sum(0).max(),
+                        inner=nn.Conv2d(8, 8, 1, groups=2)), IMAGES, 8),
+    "nothing to flatten": (lambda: Applied(lambda m, x: m.inner(x.mean((2, 3)).relu().flatten(1)),
+                                           inner=nn.Linear(8, 8)), IMAGES, 16),
     "a gated linear unit": (lambda: Applied(lambda m, x: F.glu(x, 1), features=4), IMAGES, 4),
     "repeated channels": (lambda: Applied(lambda m, x: x.repeat(1, 2, 1, 1), features=16), IMAGES, 8),
     "normalised across channels": (lambda: Applied(lambda m, x: F.local_response_norm(x, 3)), IMAGES, 0),

@@ -299,6 +299,54 @@ def test_arguments_that_a_rule_does_not_know_fix_what_goes_in(monkeypatch):
         derive_spec(Applied(lambda m, x: x.relu()), torch.zeros(1, 3, 8, 8))
 
 
+class ByNumber(nn.Module):
+    """The second input says which unit of the first one's features counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x, i):
+        h = self.a(x)
+        return self.c(self.b(h) + h.gather(1, torch.stack([i, (i + 1) % 8], 1)).sum(1, keepdim=True))
+
+
+def test_units_picked_by_an_input_stay():
+    for numbers in (torch.zeros(1, dtype=torch.long), torch.tensor([7])):
+        spec = derive_spec(ByNumber(), (torch.zeros(1, 3), numbers))
+        assert list(spec.sizes) == ["b"] and "picked by number in gather" in spec.fixed["a"]
+
+
+@torch.jit.script
+def scripted(x):
+    return x * torch.sigmoid(x)
+
+
+def test_what_cannot_be_seen_or_read_is_an_error():
+    with pytest.raises(UnsupportedOperation, match=r"made where it can't be seen, as in torch\.jit\.script"):
+        derive_spec(Applied(lambda m, x: scripted(x) + x), torch.zeros(1, 3, 8, 8))
+
+    class OneByOne(Applied):
+        def forward(self, x):
+            return self.fc(torch.cat([self.inner(F.relu(self.conv(one[None]))) for one in x]).mean((2, 3)))
+
+    with pytest.raises(UnsupportedOperation, match="calls conv2d 4 times for two samples and 6 times for three"):
+        derive_spec(OneByOne(None, inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
+
+
+def test_outputs_in_objects_stay():
+    class Outputs:
+        def __init__(self, logits, hidden):
+            self.logits, self.more = logits, {"hidden": [hidden]}
+
+    class Model(Applied):
+        def forward(self, x):
+            x = self.conv(x)
+            return Outputs(self.fc(x.mean((2, 3))), x)
+
+    assert derive_spec(Model(None), torch.zeros(1, 3, 8, 8)).fixed["conv"] == "the model's output"
+
+
 def test_hooks_take_part():
     model = Plain()
     model[4].register_forward_hook(lambda module, inputs, output: output * torch.arange(7.0)[:, None, None])
