@@ -171,7 +171,10 @@ def read_run(folder: Path) -> Run:
             sound = False
         if not sound:
             raise ValueError(f"metrics.csv, line {number}, is not a row of a run (cut short?)")
-    return Run(folder, config, rows)
+    run = Run(folder, config, rows)
+    if not any(row["phase"] in run.phases for row in rows):
+        raise ValueError(f"metrics.csv has no rows of the phases {' and '.join(run.phases)}")
+    return run
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]:
