@@ -309,7 +309,7 @@ def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
 
 def _said(key: str, value: Any) -> str:
     if key == "epochs":
-        return f"{value} local epochs" if value else "no training"
+        return f"{value} local epoch{'s' * (value != 1)}" if value else "no training"
     return f"{SHORT.get(key, key)}={value}"
 
 

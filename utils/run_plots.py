@@ -83,6 +83,7 @@ def points_of(lines: Sequence[Line]) -> str:
     epochs = sorted({line.runs[0].local_epochs for line in lines if line.runs[0].phases[1] == "trained"})
     if epochs:
         every = f"every {epochs[0]} epochs" if len(epochs) == 1 else "an iteration's epochs"
+        every = "every epoch" if epochs == [1] else every
         said.append(f"gradient-based methods after {every}" if len(said) else f"after {every}")
     return f"Points {'; '.join(said)}."
 
@@ -398,7 +399,7 @@ def matrices_figure(made: Sequence[tuple[Line, dict[int, np.ndarray]]], lines: S
                f"{points_of([line for line, _ in made]).lower()}")
     headings = [heading(line, lines, 30 * columns) for line, _ in made]
     taken = 0.14 * sum(text.count("\n") + 1 for text in headings)
-    figure = figure_for(1.6 + 2.2 * columns, 2.9 * len(made) + taken, caption, {})
+    figure = figure_for(1.6 + 2.2 * columns, 0.2 + 2.9 * len(made) + taken, caption, {})
     grid = figure.subplots(len(made), columns, squeeze=False)
     for row, text, (_, matrices) in zip(grid, headings, made, strict=True):
         above = "\n" * (text.count("\n") + 2)
@@ -472,11 +473,13 @@ def graphs_figure(made: Sequence[tuple[Line, tuple[Topology, np.ndarray]]], line
     rows = math.ceil(len(made) / columns)
     caption = (f"{setting(lines)}Colour: the agent's test accuracy at the last point; width of an edge: the "
                "weight of the neighbour's model. One-way edges have arrows; over changing graphs, the mean weight.")
-    figure = figure_for(0.9 + 3.0 * columns, 3.4 * rows, caption, {})
+    headings = [heading(line, lines, 34) + "\n(no edges used)" * (line.method == ALONE) for line, _ in made]
+    taken = 0.15 * max(text.count("\n") + 1 for text in headings)
+    figure = figure_for(0.9 + 3.0 * columns, (2.9 + taken) * rows, caption, {})
     grid = figure.subplots(rows, columns, squeeze=False)
     accuracies = np.concatenate([final for _, (_, final) in made])
     colours = ScalarMappable(Normalize(*limits(accuracies[~np.isnan(accuracies)])), COLOURS)
-    for axes, (line, (graph, final)) in zip(grid.flat, made, strict=False):
+    for axes, text, (line, (graph, final)) in zip(grid.flat, headings, made, strict=False):
         angles = np.pi / 2 - 2 * np.pi * np.arange(graph.num_agents) / graph.num_agents
         x, y = np.cos(angles), np.sin(angles)
         edges = [] if line.method == ALONE else edges_of(graph)
@@ -489,8 +492,11 @@ def graphs_figure(made: Sequence[tuple[Line, tuple[Topology, np.ndarray]]], line
         for agent, value in enumerate(final):
             axes.text(x[agent], y[agent], str(agent), ha="center", va="center", fontsize=7, zorder=3,
                       color=ink(colours, 0 if math.isnan(value) else value))
-        axes.set_title(heading(line, lines, 34) + ("\n(no edges used)" if line.method == ALONE else ""), fontsize=8)
-        axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
+        axes.set_title(text, fontsize=8)
+        # The corners hold the circle in the middle, and the limits give way: a box that did would pull at its title.
+        axes.plot((-1.15, 1.15), (-1.15, 1.15), linestyle="none")
+        axes.margins(0)
+        axes.set_aspect("equal", adjustable="datalim")
         axes.axis("off")
     for axes in grid.flat[len(made):]:
         axes.axis("off")
@@ -547,8 +553,9 @@ def stats_figure(made: Sequence[tuple[Line, MergeStats]], lines: Sequence[Line])
                "agents and their neighbours.")
     figure = figure_for(2 * max(3.4, 0.6 + 0.17 * most), 3.2 * len(made), caption, {"": "first merge"})
     boxes = figure.subfigures(len(made), 1, squeeze=False)[:, 0]
-    looks = ({"color": "#0072B2", "marker": "o", "linestyle": "--", "markerfacecolor": "white"},
-             {"color": "#D55E00", "marker": "s", "linestyle": "-"})
+    # The first merge's marks are the larger ones: they show around the last one's where the two agree.
+    looks = ({"color": "#0072B2", "marker": "o", "markersize": 7, "linestyle": "--", "markerfacecolor": "white"},
+             {"color": "#D55E00", "marker": "s", "markersize": 3, "linestyle": "-"})
     handles = {}
     for box, (line, stats) in zip(boxes, made, strict=True):
         merges = " and ".join(map(str, stats.iterations))
@@ -557,7 +564,7 @@ def stats_figure(made: Sequence[tuple[Line, MergeStats]], lines: Sequence[Line])
         for axes, figures, what in zip(box.subplots(1, 2), (stats.correlation, stats.moved),
                                        ("correlation of matched units", "share of units moved"), strict=True):
             for values, name, options in zip(figures, ("first merge", "last merge"), looks, strict=False):
-                handles[name], = axes.plot(values, markersize=4, linewidth=1.4, **options)
+                handles[name], = axes.plot(values, linewidth=1.4, **options)
             axes.set_xticks(range(len(stats.groups)), stats.groups, rotation=90, fontsize=6)
             axes.set_ylabel(what, fontsize=8)
             axes.tick_params(axis="y", labelsize=7)
@@ -654,8 +661,8 @@ def draw(paths: Sequence[str], out: Path, kinds: Sequence[str], overwrite: bool,
     files = [out / f"{name}.{kind}" for name in plan for kind in kinds]
     taken = [file for file in files if file.exists()]
     if taken and not overwrite:
-        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-        raise ValueError(f"{taken[0]}{more} exists: choose another --out, or --overwrite to replace")
+        those = f"{taken[0]} and {len(taken) - 1} more exist" if len(taken) > 1 else f"{taken[0]} exists"
+        raise ValueError(f"{those}: choose another --out, or --overwrite to replace")
     for name, page in plan.items():
         figure = page()
         for kind in kinds:

@@ -162,7 +162,7 @@ def test_each_step_alone(name):
     assert spec.sizes
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(DRAWN)
 def test_no_network_changes(steps):
     change, _ = relative_change(steps)

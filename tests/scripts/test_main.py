@@ -322,7 +322,7 @@ def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
     agents, train, test = 4, 200, len(load_dataset("digits").test)
     merges = 2 * (2 * agents * train + agents * train)  # each agent's model twice, each merged one once
     evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
-    traced = 3 * 2  # the example from which the permutation groups are derived, and the check of these
+    traced = 2 + 3 + 2 * 2  # the examples from which the permutation groups are derived, and the check of these
     assert sum(images) == merges + evaluations + train + traced
 
 
@@ -341,7 +341,7 @@ def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
         shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
     assert len({(shared / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 1
     # one evaluation of the shared model is every agent's, and the average's
-    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 3 * 2
+    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 2 + 3 + 2 * 2
     own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
     assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4
 

@@ -175,7 +175,8 @@ def test_runs_are_found_once_wherever_they_are(tmp_path):
     a = write_run(tmp_path / "a" / "seed_0")
     b = write_run(tmp_path / "b" / "seed_0")
     (tmp_path / "empty").mkdir()
-    runs, notes = find_runs([tmp_path, a, b / "metrics.csv"])
+    (tmp_path / "link").symlink_to(a)
+    runs, notes = find_runs([tmp_path, a, b / "metrics.csv", tmp_path / "link"])
     assert [run.path for run in runs] == [a, b] and notes == []
     assert find_runs([tmp_path / "empty"]) == ([], [])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
@@ -211,7 +212,7 @@ def test_seeds_share_a_line_and_nothing_else_does(make):
 def test_options_without_a_say_make_no_difference(make):
     alone = [make(seed=k, opt="NONE", bn_reset=reset, match_samples=k) for k, reset in enumerate(["none", "both"])]
     assert labels(alone) == [("agents alone", [0, 1])]
-    average = [make(seed=k, opt="WA", bn_reset="none", match_samples=k) for k in range(2)]
+    average = [make(seed=k, opt="WA", bn_reset="none", match_samples=k, match_at=("last", "all")[k]) for k in range(2)]
     assert labels(average) == [("WA", [0, 1])]
     assert len(labels([make(seed=k, opt="WA", match_samples=k) for k in range(2)])) == 2
     untrained = [make(seed=k, training=False, lr=0.1 * (k + 1)) for k in range(2)]
@@ -260,7 +261,7 @@ def test_unequal_data_or_epochs_are_named_across_methods_other_options_are_not(m
     runs = [make(), make(opt="WA", test_samples=100, lr=0.1), make(opt="CDSGD", num_epochs=1, epochs=2)]
     assert [label for label, _ in labels(runs)] == [
         "DIMAT, 2 local epochs, test_samples=0", "WA, 2 local epochs, test_samples=100",
-        "CDSGD, 1 local epochs, test_samples=0"]
+        "CDSGD, 1 local epoch, test_samples=0"]
     assert [label for label, _ in labels([make(), make(training=False)])] == ["DIMAT, 2 local epochs",
                                                                              "DIMAT, no training"]
 
@@ -508,11 +509,12 @@ def test_a_label_looks_the_same_in_all_panels_and_stands_in_the_legend_once(make
     assert left.get_ylim() == (0, 30)
 
 
-@pytest.mark.parametrize("agents", [5, 20])
-def test_words_stay_on_the_page_and_off_the_panels(make, agents):
+@pytest.mark.parametrize("agents, count", [(5, 1), (20, 4)])
+def test_words_stay_on_the_page_and_off_the_panels(make, agents, count, caplog):
     """Long names, many agents: headings, legends and captions."""
-    runs = [make(num_models=agents, topology=name, match_samples=k, opt="A_METHOD_WITH_A_NAME_OF_FORTY_CHARACTERS",
-                 data_dist="dirichlet", alpha=0.5) for k in (0, 100) for name in ("ring", "exponential")]
+    name = "A_METHOD_WITH_A_NAME_OF_FORTY_CHARACTERS"
+    runs = [make(num_models=agents, topology=topology, match_samples=k, iterations=4, opt=name, data_dist="dirichlet",
+                 alpha=0.5) for k in (0, 100) for topology in ("ring", "exponential")][:count]
     for run in runs:
         write_stats(run.path, [(k, 0, 1, f"layer{g}.0.shortcut", 8, 0.5, 0.5) for k in (1, 2) for g in range(12)])
     for name, picture in run_plots.PICTURES.items():
@@ -525,10 +527,14 @@ def test_words_stay_on_the_page_and_off_the_panels(make, agents):
             for box in (word.get_window_extent(renderer) for word in words if word.get_visible()):
                 assert min(box.x0, box.y0) > -1, name
                 assert box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1, name
+            for axes in figure.axes if name == "topology" else []:
+                circle = axes.transData.transform([(-1.1, -1.1), (1.1, 1.1)]) if not axes.axison else []
+                assert all(axes.bbox.contains(*corner) for corner in circle)
             panels = [axes.get_tightbbox(renderer) for axes in figure.axes if axes.axison]
             assert figure._supxlabel.get_window_extent(renderer).y1 < min(box.y0 for box in panels) + 1, name
             for legend in figure.legends:
                 assert legend.get_window_extent(renderer).y0 > max(box.y1 for box in panels) - 1, name
+    assert caplog.messages == []  # matplotlib has nothing to complain about
 
 
 # --------------------------------------------------------------------------------------------------------------------
