@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merging.tracing import Count, Recorder, Source, Trace, UnsupportedOperation, tensors_of, tensors_within
+from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, Watch, tensors_of, tensors_within
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
 from utils.plots import groups_figure
 
@@ -151,7 +151,7 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
 @torch.no_grad()
 def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: tuple[Tensor, ...]) -> None:
     """Reads are found by counting calls, which must not depend on the size of the batch."""
-    with Count() as count:
+    with Watch() as count:
         model(*inputs)
     for function in {read.function for reads in spec.reads.values() for read in reads}:
         if count.calls[function] != trace.calls[function]:

@@ -169,12 +169,9 @@ class Units:
         # The same units in several places (heads in a batch): one block, whose entries are told apart like theirs.
         distinct, block = np.unique(np.sort(rows // RANKS, axis=1), axis=0, return_inverse=True)
         block = block.reshape(-1)
-        order = np.argsort(block, kind="stable")
-        start = np.searchsorted(block[order], np.arange(len(distinct)))
-        copy = np.empty(len(block), np.int64)
-        copy[order] = np.arange(len(block)) - start[block[order]]
-        first = np.argsort(np.argsort(order[start]))  # blocks in the order of their first places
-        outer = (self.new((len(distinct),))[first[block]] + copy).reshape(shape)
+        _, start = np.unique(block, return_index=True)
+        first = np.argsort(np.argsort(start))  # blocks in the order of their first places
+        outer = (self.new((len(distinct),))[first[block]] + _occurrence(block)).reshape(shape)
         self.nest(labels, outer)
         return outer
 
@@ -448,16 +445,21 @@ class Units:
 def _tell_apart(labels: Labels) -> Labels:
     """Ranks for copies of one entry (MISSING are none), by their order."""
     flat = labels.ravel()
-    order = np.argsort(flat, kind="stable")
-    first = np.r_[True, np.diff(flat[order]) != 0]
-    copy = np.empty(len(flat), np.int64)
-    copy[order] = np.arange(len(flat)) - np.maximum.accumulate(np.where(first, np.arange(len(flat)), 0))
-    copy[flat == MISSING] = 0
+    copy = np.where(flat == MISSING, 0, _occurrence(flat))
     if not copy.any():
         return labels
     unit, rank = np.divmod(flat, RANKS)
     told = np.where(flat == MISSING, MISSING, unit * RANKS + rank * (copy.max() + 1) + copy)
     return told.reshape(labels.shape)
+
+
+def _occurrence(keys: np.ndarray) -> np.ndarray:
+    """How many equal ones come before each of the keys (n,)."""
+    order = np.argsort(keys, kind="stable")
+    first = np.r_[True, np.diff(keys[order]) != 0]
+    count = np.empty(len(keys), np.int64)
+    count[order] = np.arange(len(keys)) - np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
+    return count
 
 
 def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, axis: np.ndarray) -> np.ndarray:

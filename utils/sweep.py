@@ -110,9 +110,12 @@ class Planner:
             job.after.append(after)
         return job
 
+    def flags(self, script: str) -> set[str]:
+        return {flag for action in self.parsers[script]._actions for flag in action.option_strings}
+
     def known(self, script: str, extra: Sequence[str]) -> list[str]:
         """Those of the extra arguments that this script has."""
-        flags = {flag for action in self.parsers[script]._actions for flag in action.option_strings}
+        flags = self.flags(script)
         known, keep = [], False
         for word in extra:
             keep = word.partition("=")[0] in flags if word.startswith("--") else keep
@@ -177,7 +180,7 @@ _SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed
 
 def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
     """Those of the options that a script has: what all scripts are given need not be known to each."""
-    flags = {flag for action in planner.parsers[script]._actions for flag in action.option_strings}
+    flags = planner.flags(script)
     return {key: value for key, value in options.items() if f"--{key}" in flags}
 
 
