@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +20,35 @@ import torch
 from data.batches import Batches
 from data.datasets import DATASETS, class_balanced
 from data.partition import PARTITIONS
-from merging import METHODS, merge
+from merging import METHODS, merge, outgoing
 from merging.averaging import weighted_average
 from merging.permutation import PermutationSpec, derive_spec
 from models import MODELS, infer_width
 from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
-from utils.checkpoint import check_state, describe, digest, inherit, load_states
-from utils.files import circumstances
+from utils.checkpoint import check_state, describe, digest, digest_of_all, inherit, load_states
+from utils.distributed import (
+    BACKENDS,
+    Network,
+    connect,
+    is_launched,
+    is_restart,
+    launch,
+    leave,
+    local_device,
+    rank,
+    taken,
+)
+from utils.faults import Faults, surviving, without
+from utils.files import circumstances, load_yaml
 from utils.memory import keep_freed_memory
-from utils.options import main_parser, parse, pick_device
+from utils.options import main_parser, parse_once, pick_device
 from utils.progress import progress
-from utils.results import RunFolder, consensus_distance, record_agents, run_folder
+from utils.results import METRICS, RunFolder, consensus_distance, record_agents, run_folder
 from utils.scripts import run_script
 from utils.seeds import generator
-from utils.topology import EXPS, TOPOLOGIES, Topology, make_topology
+from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
+from utils.wire import WIRES
 
 State = dict[str, torch.Tensor]
 ALONE = "NONE"  # the reference line: agents train and never merge
@@ -39,20 +56,35 @@ ALONE = "NONE"  # the reference line: agents train and never merge
 
 @dataclass
 class Fleet:
-    """All agents of a run in one process: their data, their models and what they have done so far."""
+    """The agents of this process, their models, what they have done so far, and the network that ties them to the rest.
+
+    train_parts, test_parts: of all agents, but train_parts may be empty for those that live elsewhere.
+    """
 
     o: Namespace
     topology: Topology
+    network: Network
     trainer: LocalTrainer
     train_parts: list[np.ndarray]
     test_parts: list[np.ndarray]
-    states: list[State]
-    samples: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    states: dict[int, State]
+    samples: dict[int, int]
+    steps: dict[int, int]
 
-    @property
-    def weights(self) -> np.ndarray:
-        return np.eye(self.o.num_models) if self.o.opt == ALONE else self.topology.pi
+    @cached_property
+    def faults(self) -> Faults:
+        return Faults(self.o.link_failure, self.o.agent_failure, self.o.seed)
+
+    def up(self, iteration: int) -> list[int]:
+        """The agents of this process that take part in an iteration."""
+        up = self.faults.agents(iteration, self.o.num_models)
+        return [i for i in self.states if up[i]]
+
+    def weights(self, iteration: int) -> np.ndarray:
+        """(N, N): the mixing matrix of iteration 1, 2, ..., without what fails in it."""
+        if self.o.opt == ALONE:
+            return np.eye(self.o.num_models)
+        return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.o.num_models))
 
     def matching_batches(self, indices: np.ndarray, agent: int, iteration: int) -> Batches:
         """The images that matching and BatchNorm re-estimation read in this iteration, the same for all models."""
@@ -63,20 +95,35 @@ class Fleet:
         return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
                        make_generator=lambda: generator(o.seed, agent, iteration, "match"))
 
-    def merge(self, iteration: int, stats: list[dict]) -> list[State]:
-        """x_i <- sum_j w_ij P_ij(x_j) for every agent i. `stats` gets a row for all that was matched."""
-        o = self.o
+    def merge(self, iteration: int, stats: list[dict]) -> dict[int, str]:
+        """x_i <- sum_j w_ij P_ij(x_j) for every agent i here; `stats` gets a row for all that was matched.
+
+        Returns whose models each one merged with its own: "0 3", or "0 3@7" where the last that was to be had of 3 was
+        of iteration 7.
+        """
+        o, network, model = self.o, self.network, self.trainer.model
+        weights = self.weights(iteration)
+        takes = taken(weights)
+        merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
         if o.match_data == "all":
-            data = {"batches": self.matching_batches(np.sort(np.concatenate(self.train_parts)), 0, iteration)}
+            shared = self.matching_batches(np.sort(np.concatenate(self.train_parts)), 0, iteration)
+            images, data = dict.fromkeys(merging, shared), {"batches": shared}
         else:
-            data = {"local_batches": [self.matching_batches(part, i, iteration)
-                                      for i, part in enumerate(self.train_parts)]}
+            images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
+            data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
+        method = "WA" if o.opt == ALONE else o.opt
+        lent = {i: outgoing(model, self.states[i], images[i], method, o.bn_reset) for i in merging}
+        models = network.share(iteration, lent, weights, o.wire, like=model.state_dict())
+        weights = without(weights, [j for j in range(o.num_models) if j not in models])
         try:
-            return merge(self.states, self.weights, method="WA" if o.opt == ALONE else o.opt, model=self.trainer.model,
-                         spec=self.spec, bn_reset=o.bn_reset, match_at=o.match_at,
-                         match_memory=int(o.match_memory * 2**30), stats=stats, **data)
+            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=method, model=model,
+                           spec=self.spec, bn_reset="none" if o.bn_reset == "none" else "after", match_at=o.match_at,
+                           match_memory=int(o.match_memory * 2**30), stats=stats, agents=merging, **data)
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: {error}") from error
+        self.states |= {i: merged[i] for i in merging}
+        names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
+        return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
 
     @cached_property
     def spec(self) -> PermutationSpec | None:
@@ -87,10 +134,10 @@ class Fleet:
         example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
         return derive_spec(new_model(self.o, dataset), example)
 
-    def train(self, iteration: int) -> list[training.EpochStats]:
+    def train(self, iteration: int) -> dict[int, training.EpochStats]:
         """E local epochs of every agent with a fresh optimiser; the figures are the last epoch's."""
-        stats = []
-        for i in progress(range(self.o.num_models), f"iteration {iteration}: training", unit="agent"):
+        stats = {}
+        for i in progress(self.up(iteration), f"iteration {iteration}: training", unit="agent"):
             self.trainer.model.load_state_dict(self.states[i])
             optimizer, scaler = self.trainer.fresh_optimizer()
             last = training.EpochStats(math.nan, math.nan, 0, 0)
@@ -104,89 +151,117 @@ class Fleet:
                 self.samples[i] += last.samples
                 self.steps[i] += last.steps
             self.states[i] = training.snapshot(self.trainer.model)
-            stats.append(last)
+            stats[i] = last
         return stats
 
-    def evaluate(self, states: list[State]) -> list[training.Evaluation]:
+    def evaluate(self) -> dict[int, training.Evaluation]:
         """Each distinct model once over the test set."""
         seen: dict[int, training.Evaluation] = {}
-        for state in progress(states, "evaluation", unit="agent"):
+        for state in progress(self.states.values(), "evaluation", unit="agent"):
             if id(state) not in seen:
                 self.trainer.model.load_state_dict(state)
                 seen[id(state)] = self.trainer.evaluate(self.trainer.dataset.test)
-        return [seen[id(state)] for state in states]
-
-    def bytes_exchanged(self) -> list[int]:
-        """What each agent sends in a merge, and as the graph is undirected receives: its model to each neighbour."""
-        size = sum(t.numel() * t.element_size() for t in self.states[0].values())
-        return [size * int(np.count_nonzero(np.delete(row, i))) for i, row in enumerate(self.weights)]
+        return {i: seen[id(state)] for i, state in self.states.items()}
 
 
-def record(folder: RunFolder, fleet: Fleet, iteration: int, phase: str, states: list[State], began: float,
-           stats: list[training.EpochStats] | None = None) -> None:
-    """Evaluate all models and their average, and write the figures down."""
-    n = fleet.o.num_models
-    average = states[0] if all(s is states[0] for s in states) else weighted_average(states, [1 / n] * n)
-    *evaluations, of_average = fleet.evaluate([*states, average])
-    names = [name for name, _ in fleet.trainer.model.named_parameters()]
-    sent = fleet.bytes_exchanged() if phase == "merged" else [0] * n
-    record_agents(folder, iteration, phase, evaluations, of_average, fleet.test_parts, began, stats,
-                  consensus_distance=consensus_distance(states, names), samples=fleet.samples, steps=fleet.steps,
-                  bytes_sent=sent, bytes_received=sent)
+def record(folder: RunFolder | None, network: Network, trainer: LocalTrainer, test_parts: list[np.ndarray],
+           iteration: int, phase: str, began: float, mine: dict[int, dict]) -> dict[str, list]:
+    """Gather what the agents have done and, at the writer, write it down with what concerns all of them.
+
+    mine: for each agent of this process its `state`, `evaluation`, `stats` of its last local epoch (None: there was
+    none), and columns of metrics.csv. Returns all agents' at the writer, as lists in their order; elsewhere {}.
+    """
+    on_cpu = {id(own["state"]): {k: t.cpu() for k, t in own["state"].items()} for own in mine.values()}
+    everyone = network.collect({i: own | {"state": on_cpu[id(own["state"])]} for i, own in mine.items()})
+    if not network.is_writer:
+        return {}
+    columns = {key: [everyone[i][key] for i in network.recorded] for key in everyone[network.recorded[0]]}
+    states, evaluations, of_average, distance = columns["state"], columns["evaluation"], None, None
+    if len(states) == len(test_parts):  # else of an agent on its own
+        names = [name for name, _ in trainer.model.named_parameters()]
+        distance, of_average = consensus_distance(states, names), evaluations[0]
+        if any(state is not states[0] for state in states):
+            trainer.model.load_state_dict(weighted_average(states, [1 / len(states)] * len(states)))
+            of_average = trainer.evaluate(trainer.dataset.test)
+    record_agents(folder, iteration, phase, network.recorded, evaluations, of_average, test_parts, began,
+                  columns["stats"], consensus_distance=distance,
+                  **{key: values for key, values in columns.items() if key in METRICS})
+    return columns
 
 
-def merge_and_train(fleet: Fleet, folder: RunFolder, finished: int, phase: str) -> None:
+def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase: str) -> None:
     """Algorithm 1 of the paper: merge, train, merge, train ..., and merge. Commits after every iteration.
 
-    `finished`, `phase`: the last iteration done and whether it ended `merged` or `trained`.
+    `finished`, `phase`: the last iteration done (0: none) and whether it ended `merged` or `trained`.
     """
-    o = fleet.o
+    o, network = fleet.o, fleet.network
+
+    def write(iteration: int, phase: str, began: float, stats: dict[int, training.EpochStats],
+              **figures: dict[int, Any]) -> None:
+        nonlocal last
+        evaluations, up = fleet.evaluate(), fleet.up(iteration) if iteration else fleet.states
+        last = record(folder, network, fleet.trainer, fleet.test_parts, iteration, phase, began, {
+            i: {"state": state, "evaluation": evaluations[i], "stats": stats.get(i), "samples": fleet.samples[i],
+                "steps": fleet.steps[i], "bytes_sent": 0, "bytes_received": 0, "took_part": int(i in up)}
+            | {key: values[i] for key, values in figures.items()} for i, state in fleet.states.items()})
+        if folder and iteration:
+            folder.record_merge(iteration, [row for rows in last.get("matched", ()) for row in rows])
+            folder.save_models(phase, dict(zip(network.recorded, last["state"], strict=True)))
 
     def merge_phase(iteration: int) -> None:
-        began, stats = time.perf_counter(), []
-        fleet.states = fleet.merge(iteration, stats)
-        folder.record_merge(iteration, stats)
-        record(folder, fleet, iteration, "merged", fleet.states, began)
-        folder.save_models("merged", fleet.states)
+        began, matched, sent, received = time.perf_counter(), [], dict(network.sent), dict(network.received)
+        merged_with = fleet.merge(iteration, matched)
+        write(iteration, "merged", began, {}, merged_with=merged_with,
+              bytes_sent={i: network.sent[i] - sent[i] for i in fleet.states},
+              bytes_received={i: network.received[i] - received[i] for i in fleet.states},
+              matched={i: [row for row in matched if row["agent"] == i] for i in fleet.states})
 
     def train_phase(iteration: int) -> None:
         began = time.perf_counter()
-        fleet.states = list(fleet.states)
-        stats = fleet.train(iteration)
-        record(folder, fleet, iteration, "trained", fleet.states, began, stats)
-        folder.save_models("trained", fleet.states)
+        write(iteration, "trained", began, fleet.train(iteration))
 
     def commit(iteration: int, phase: str) -> None:
-        folder.commit({"iteration": iteration, "phase": phase, "samples": fleet.samples, "steps": fleet.steps,
-                       "states": [{k: t.cpu() for k, t in s.items()} for s in fleet.states]}, keep=o.keep == "all")
+        if folder:
+            folder.commit({"iteration": iteration, "phase": phase, "agents": list(network.recorded),
+                           "samples": last["samples"], "steps": last["steps"], "states": last["state"]},
+                          keep=o.keep == "all")
 
-    if o.training and finished and phase == "merged" and finished < o.merg_itr:  # a finished run that goes on
+    last: dict[str, list] = {}
+    if not finished:
+        write(0, "initial", time.perf_counter(), {})
+    elif o.training and phase == "merged" and finished < o.merg_itr:  # a finished run that goes on
         train_phase(finished)
         commit(finished, "trained")
     for iteration in progress(range(finished + 1, o.merg_itr + 1), "iterations"):
+        if iteration < network.turn(iteration, fleet.weights):
+            continue  # the others have merged without this agent
         merge_phase(iteration)
         if train := o.training and iteration < o.merg_itr:
             train_phase(iteration)
         commit(iteration, "trained" if train else "merged")
 
 
-def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: list[State]) -> list[State]:
-    """The agents' first models: the loaded checkpoints, checked, or random ones."""
+def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: dict[int, State],
+                   agents: Collection[int]) -> dict[int, State]:
+    """These agents' first models: the loaded checkpoints, checked, or random ones."""
     template = new_model(o, dataset, seed=0).state_dict()
     if o.randominit:
-        seeds = [generator(o.seed, i if o.diffinit else 0, 0, "init").initial_seed() for i in range(o.num_models)]
-        return [new_model(o, dataset, seed).state_dict() for seed in seeds]
-    for i, state in enumerate(loaded):
+        seeds = {i: generator(o.seed, i if o.diffinit else 0, 0, "init").initial_seed() for i in agents}
+        return {i: new_model(o, dataset, seed).state_dict() for i, seed in seeds.items()}
+    for i, state in loaded.items():
         check_state(state, template, str(ckp / f"model_{i}.pth"))
-    return [{key: state[key].to(tensor.dtype) for key, tensor in template.items()} for state in loaded]
+    return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()} for i, state in loaded.items()}
 
 
-def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
-    """Fill in what follows from the checkpoint, and check what contradicts. Returns (folder, description, models)."""
+def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State]]:
+    """Fill in what follows from the checkpoint, and check what contradicts.
+
+    Returns its folder, its description and the models of `agents`.
+    """
     if o.exp is not None and o.topology is not None:
         raise ValueError(f"--exp {o.exp} and --topology {o.topology} both name the topology: give one")
     o.topology = o.topology or EXPS[o.exp or 1]
-    made_with, loaded, ckp = {}, [], Path(o.ckp) if o.ckp is not None else None
+    made_with, loaded, ckp = {}, {}, Path(o.ckp) if o.ckp is not None else None
     if o.merg_itr_init >= o.merg_itr:
         raise ValueError(f"--merg_itr_init {o.merg_itr_init} leaves nothing to do of --merg_itr {o.merg_itr}")
     if o.diffinit and not o.randominit:
@@ -201,9 +276,9 @@ def settle_options(o: Namespace) -> tuple[Path | None, dict, list[State]]:
         if o.partition_seed is None:
             o.partition_seed = made_with.get("seed")
         if not o.randominit:
-            loaded = load_states(ckp, o.num_models)
-            if o.width_multiplier is None and loaded:
-                o.width_multiplier = infer_width(o.model, loaded[0])
+            loaded = load_states(ckp, o.num_models, agents)
+            if o.width_multiplier is None:
+                o.width_multiplier = infer_width(o.model, next(iter(loaded.values())))
     fill_defaults(o)
     return ckp, made_with, loaded
 
@@ -230,63 +305,121 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
         "match_at": o.match_at if matches else None,
         "bn_reset": o.bn_reset if merges else None,
+        "wire": o.wire if merges else None,
+        "link_failure": o.link_failure if merges else None,
     } | start_that_matters(o, made_with)
 
 
-def run(o: Namespace, command: str) -> Path:
-    ckp, made_with, loaded = settle_options(o)
-    topology = make_topology(o.topology, o.num_models, seed=o.seed)
-    if topology.directed:
-        raise ValueError(f"--topology {o.topology} has one-way edges: agents that merge need them both ways")
-    if not topology.is_connected and o.topology != "disconnected":
+def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: dict, **how: Any) -> RunFolder | None:
+    """The run folder, at the writer. A group that its launcher has started again continues by itself."""
+    if not network.is_writer:
+        return None
+    config |= {"launch": launch() if is_launched() else None}
+    goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
+    free = {key for key, value in matter.items() if value is None} | how.pop("free", set())
+    return RunFolder(path, config, free=free, resume=o.resume or goes_on, overwrite=o.overwrite and not goes_on,
+                     tensorboard=o.tensorboard, **how)
+
+
+def matrices(name: str, topology: Topology) -> list | None:
+    """The mixing matrices of a topology that was read from files, as these may change."""
+    if name in TOPOLOGIES | DIRECTED:
+        return None
+    return [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()
+
+
+def run(o: Namespace, network: Network, device: torch.device, command: str) -> Path:
+    """All of it, in every process alike; the writer writes."""
+
+    def prepare() -> tuple[dict, Fleet]:
+        ckp, made_with, loaded = settle_options(o, network.agents)
+        topology = make_topology(o.topology, o.num_models, seed=o.seed)
+        if not topology.is_doubly_stochastic:
+            raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge "
+                             "need what they take to add up to one model")
+        reads_others = o.opt != ALONE and o.match_data == "all"
+        dataset, train_parts, test_parts = load_agents_data(o, device, None if reads_others else network.agents)
+        states = {i: {k: t.to(device) for k, t in state.items()}
+                  for i, state in initial_states(o, dataset, ckp, loaded, network.agents).items()}
+        fleet = Fleet(o, topology, network, LocalTrainer(new_model(o, dataset), dataset, o, device), train_parts,
+                      test_parts, states, samples=dict.fromkeys(states, 0), steps=dict.fromkeys(states, 0))
+        fleet.spec  # noqa: B018 - a model that can't be permuted at all is an error now, not after hours
+        return made_with, fleet
+
+    def open_folder() -> RunFolder | None:
+        matter = options_that_matter(o, made_with)
+        config = vars(o) | circumstances(command) | {"initial_models": digest_of_all(digests)}
+        if read := matrices(o.topology, fleet.topology):
+            config["pi"] = read
+        return open_run(o, network, run_folder(vars(o), matter), config, matter, start=o.merg_itr_init)
+
+    made_with, fleet = network.together(prepare)
+    digests = network.collect({i: digest(state) for i, state in fleet.states.items()})
+    folder = network.together(open_folder)
+    with folder or contextlib.nullcontext():
+        if folder:
+            say_what_is_unusual(fleet)
+        saved = network.together(folder.load if folder else lambda: None)  # drops what a longer run had begun
+        finished, phase = take_up(fleet, network.deal(shares(network, saved)))
+        if finished < o.merg_itr:
+            if finished and folder:
+                print(f"continuing after iteration {finished} of {o.merg_itr}")
+            merge_and_train(fleet, folder, finished, phase)
+        elif folder:
+            print(f"finished before: {finished} iterations are done (--overwrite starts afresh)")
+    return folder.path if folder else Path()
+
+
+def say_what_is_unusual(fleet: Fleet) -> None:
+    o = fleet.o
+    if not fleet.topology.is_connected and o.topology != "disconnected":
         print(f"note: --topology {o.topology} is not connected: its parts never hear of each other")
-    device = pick_device(o.device)
-    dataset, train_parts, test_parts = load_agents_data(o, device)
-    states = [{k: t.to(device) for k, t in s.items()} for s in initial_states(o, dataset, ckp, loaded)]
-    fleet = Fleet(o, topology, LocalTrainer(new_model(o, dataset), dataset, o, device), train_parts, test_parts,
-                  states, samples=[0] * o.num_models, steps=[0] * o.num_models)
-    if fleet.spec and fleet.spec.stuck:  # a model that can't be permuted at all is an error now, not after hours
+    if fleet.spec and fleet.spec.stuck:
         name, reason = next(iter(fleet.spec.stuck.items()))
         print(f"note: {o.opt} averages the units of {len(fleet.spec.stuck)} layers as they are, because they can't be "
               f"permuted: {name} ({reason}){', ...' if len(fleet.spec.stuck) > 1 else ''}")
-    config = vars(o) | circumstances(command) | {"initial_models": digest(states)}
-    if Path(o.topology).suffix.lower() == ".json":
-        config["pi"] = topology.pi.tolist()  # the file may change
-    matter = options_that_matter(o, made_with)
-    with RunFolder(run_folder(vars(o), matter), config, free={key for key, value in matter.items() if value is None},
-                   resume=o.resume, start=o.merg_itr_init, overwrite=o.overwrite, tensorboard=o.tensorboard) as folder:
-        if folder.finished >= o.merg_itr and not folder.start:
-            folder.load()  # drops what a longer run had begun
-            print(f"finished before: {folder.finished} iterations are done (--overwrite starts afresh)")
-        else:
-            start_or_continue(fleet, folder)
-    return folder.path
 
 
-def start_or_continue(fleet: Fleet, folder: RunFolder) -> None:
-    """From the first iteration, or from where the folder's state leaves off."""
-    saved = folder.load()
+def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | None:
+    """What each agent continues from, at the writer."""
+    if not network.is_writer:
+        return None
     if saved is None:
-        record(folder, fleet, 0, "initial", fleet.states, time.perf_counter())
-        finished, phase = 0, "trained"
-    else:
-        fleet.states = [{k: t.to(fleet.trainer.device) for k, t in s.items()} for s in saved["states"]]
-        fleet.samples, fleet.steps = saved["samples"], saved["steps"]
-        finished, phase = saved["iteration"], saved["phase"]
-        print(f"continuing after iteration {finished} of {fleet.o.merg_itr}")
-    merge_and_train(fleet, folder, finished, phase)
+        return dict.fromkeys(network.recorded)
+    alike = {key: saved[key] for key in ("iteration", "phase")}
+    of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory") if key in saved}
+    return {i: alike | {key: values[k] for key, values in of_each.items()} for k, i in enumerate(network.recorded)}
+
+
+def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
+    """Bring this process's agents to where each was last; the iteration they have finished, and how it ended."""
+    finished, phase = 0, "trained"
+    for i, share in last.items():
+        if share is not None:
+            fleet.states[i] = {k: t.to(fleet.trainer.device) for k, t in share["state"].items()}
+            fleet.samples[i], fleet.steps[i] = share["sample"], share["step"]
+            finished, phase = share["iteration"], share["phase"]
+    return finished, phase
 
 
 def make_parser() -> ArgumentParser:
-    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], TOPOLOGIES, EXPS)
+    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, WIRES, BACKENDS)
 
 
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
-    o = parse(make_parser(), argv)
+    o = parse_once(make_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["main.py", *argv])
-    return run_script(lambda: run(o, command), "results",
-                      "give the same command with --resume (without --overwrite)")
+
+    def work() -> Path:
+        device = pick_device(local_device(o.device))
+        with connect(o.num_models, device, o.backend, o.timeout) as network:
+            return run(o, network, device, command)
+
+    code = run_script(work, "results", "give the same command with --resume (without --overwrite)", rank())
+    if code:
+        leave(code)
+    return code
 
 
 if __name__ == "__main__":

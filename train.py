@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,21 @@ def fill_defaults(options: Namespace) -> None:
         raise ValueError("--overwrite deletes what --resume and --merg_itr_init continue from: leave one out")
 
 
-def load_agents_data(o: Namespace, device: torch.device) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
-    """The data set on `device` and the indices of every agent's training and test images."""
+def load_agents_data(o: Namespace, device: torch.device,
+                     only: Collection[int] | None = None) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """The data set on `device` and the indices of every agent's training and test images.
+
+    only: agents besides whose training images none is kept (the others have no indices then).
+    """
     dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout, o.test_samples)
     seed = o.seed if o.partition_seed is None else o.partition_seed
     train_parts, test_parts = make_partition(
         o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
         num_classes=dataset.num_classes, alpha=o.alpha or 0.5, seed=seed, phase=o.phase)
+    if only is not None and len(only) < o.num_models:
+        kept = np.sort(np.concatenate([train_parts[i] for i in only]))
+        dataset = dataset.with_only(kept)
+        train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
     return dataset.to(device), train_parts, test_parts
 
 

@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,15 @@ def match_nothing(spec, model, states, pairs, batches, **unused: Any) -> dict[Ed
     return {}
 
 
+def outgoing(model: nn.Module, state: State, batches: Batches | None, method: str, bn_reset: str) -> State:
+    """What an agent lends its neighbours for a merge: its model, for bn_reset="both" and a method that compares
+    activations with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
+    # Only activations depend on running statistics: for the other methods it would change nothing.
+    return reestimate(model, state, batches) if bn_reset == "both" and METHODS[method].reads_images else state
+
+
 def merge(
-    models_or_states: Sequence[nn.Module] | Sequence[State],
+    models_or_states: Sequence[nn.Module] | Sequence[State | None],
     weights: Any,
     method: str = "DIMAT",
     batches: Batches | None = None,
@@ -86,7 +93,8 @@ def merge(
     match_at: str = "all",
     match_memory: int | None = None,
     stats: list[dict[str, Any]] | None = None,
-) -> list[State]:
+    agents: Collection[int] | None = None,
+) -> list[State | None]:
     """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).
 
     Nothing that is passed in is changed; the merged state dicts are new tensors on the inputs' device.
@@ -111,6 +119,8 @@ def merge(
         stats: a list that gets a row for every agent, neighbour and group: {agent, neighbour, group, units,
             correlation (mean over the matched units; None if not matched by activations), moved (share of the
             neighbour's units that change their place)}.
+        agents: whose merged models to compute (None: everybody's). The list that comes back has None for the others,
+            and so may `models_or_states` for those whose models these agents don't take.
 
     Raises:
         ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
@@ -127,13 +137,17 @@ def merge(
     model, states = _model_and_states(models_or_states, model)
     weights = _mixing_matrix(weights, len(states))
 
-    mixing = [i for i, row in enumerate(weights) if np.count_nonzero(row) > 1]
-    once = local_batches is None and len(mixing) > 1 and np.allclose(weights, weights[0], rtol=0, atol=1e-9)
-    bases = mixing[:1] if once else mixing
+    wanted = range(len(states)) if agents is None else sorted(agents)
+    mixing = [i for i in wanted if np.count_nonzero(weights[i]) > 1]
+    once = bool(mixing) and local_batches is None and all_alike(weights)
+    bases = [0] if once else mixing
     sources = {i: np.flatnonzero(weights[i]).tolist() for i in bases}
     involved = sorted({agent for i in bases for agent in (i, *sources[i])})
+    for i in wanted:
+        for j in np.flatnonzero(weights[i]).tolist():
+            if states[j] is None:
+                raise ValueError(f"agent {i} takes agent {j}'s model (weight {weights[i, j]:.4g}), which is None")
     resets = bn_reset != "none" and bool(tracked_norms(model))
-    # Only activations depend on running statistics: for the other methods "both" would change nothing.
     resets_first = resets and bn_reset == "both" and way.reads_images
 
     read = {
@@ -147,9 +161,8 @@ def merge(
     if way.permutes and spec is None and bases:
         spec = derive_spec(model, _first_image(images[bases[0]], next(model.parameters()).device))
     senders = list(states)
-    if resets_first:
-        for i in involved:
-            senders[i] = reestimate(model, states[i], images[i])
+    for i in involved if resets_first else ():
+        senders[i] = outgoing(model, states[i], images[i], method, bn_reset)
 
     def match(agents: list[int]) -> dict[Edge, Permutations]:
         pairs = [(i, j) for i in agents for j in sources[i] if j != i]
@@ -171,9 +184,15 @@ def merge(
         merged[i] = weighted_average([senders[i], *moved], [0, *weights[i, sources[i]]])
         if resets:
             merged[i] = reestimate(model, merged[i], images[i])
-    if once:
-        return [merged[bases[0]]] * len(states)
-    return [merged[i] if i in merged else _clone(states[int(row.argmax())]) for i, row in enumerate(weights)]
+    result: list[State | None] = [None] * len(states)
+    for i in wanted:
+        result[i] = merged[0] if once else merged[i] if i in merged else _clone(states[int(weights[i].argmax())])
+    return result
+
+
+def all_alike(weights: np.ndarray) -> bool:
+    """Whether several agents all merge with the same weights, so that one merge can serve them all."""
+    return len(weights) > 1 and np.allclose(weights, weights[0], rtol=0, atol=1e-9)
 
 
 def _match_stats(spec: PermutationSpec, matched: dict[Edge, Permutations], pairs: list[Edge],
@@ -191,8 +210,8 @@ def _clone(state: State) -> State:
     return {key: value.clone() for key, value in state.items()}
 
 
-def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State]]:
-    """The architecture and the agents' detached state dicts, checked against each other."""
+def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None]]:
+    """The architecture and the agents' detached state dicts, checked against each other; None stays None."""
     given = list(given)
     if not given:
         raise ValueError("merge needs at least one model")
@@ -201,9 +220,11 @@ def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Modu
         if model is None:
             raise ValueError("merge was given state dicts: pass the architecture as model= as well")
     states = [one.state_dict() if isinstance(one, nn.Module) else one for one in given]
-    states = [{key: value.detach() for key, value in state.items()} for state in states]
+    states = [state and {key: value.detach() for key, value in state.items()} for state in states]
     expected = model.state_dict()
     for agent, state in enumerate(states):
+        if state is None:
+            continue
         for key in [*expected, *state]:
             if key not in state or key not in expected:
                 side = "lacks" if key not in state else "has an unexpected"

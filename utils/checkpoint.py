@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,28 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
                              "leave the option out or give other checkpoints")
 
 
-def load_states(folder: Path, num_models: int) -> list[State]:
-    """model_0.pth ... of exactly `num_models` agents, on the CPU."""
-    found = sorted(folder.glob("model_*.pth"))
-    if len(found) != num_models:
+def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[int, State]:
+    """The models of `agents` on the CPU, out of model_0.pth ... of exactly `num_models`.
+
+    An agent that is here on its own may have a folder with nothing but its own model.
+    """
+    found = {file.name for file in folder.glob("model_*.pth")}
+    if len(found) != num_models and found != {f"model_{i}.pth" for i in agents}:
         raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
-    return [load_tensors(folder / f"model_{i}.pth") for i in range(num_models)]
+    return {i: load_tensors(folder / f"model_{i}.pth") for i in agents}
 
 
-def digest(states: list[State]) -> str:
-    """A short name for exactly these models."""
+def digest(state: State) -> str:
+    """A short name for exactly this model."""
     content = hashlib.sha256()
-    for state in states:
-        for key, value in state.items():
-            content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for key, value in state.items():
+        content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()[:12]
+
+
+def digest_of_all(digests: Mapping[int, str]) -> str:
+    """A short name for all agents' models, from those of each."""
+    return hashlib.sha256(" ".join(digests[i] for i in sorted(digests)).encode()).hexdigest()[:12]
 
 
 def check_state(state: State, template: State, name: str) -> None:

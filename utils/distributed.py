@@ -1,6 +1,7 @@
-"""How agents reach their neighbours: all in one process, or one process each under torch.distributed.
+"""How agents reach their neighbours: all in one process, or dealt out to processes under torch.distributed.
 
-Both networks carry the same `Mail` and give the same numbers; the one in a single process is the oracle of the other.
+Both networks carry the same things and give the same numbers; the one in a single process is the oracle of the other.
+`Mail` is what the baselines exchange in every step, `share` what agents that merge exchange once per iteration.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from utils.wire import pack, through, unpack, wire_bytes
+
 BACKENDS = ("auto", "gloo", "nccl")
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,30 @@ class Network:
 
     agents: tuple[int, ...]
     is_writer = True  # the one process that writes the run folder
+    recorded: tuple[int, ...]  # the agents in that run folder
 
     def __init__(self) -> None:
+        self.old: dict[int, int] = {}  # of which iteration a model is that `share` returned, where not of its own
         self.sent = dict.fromkeys(self.agents, 0)
         self.received = dict.fromkeys(self.agents, 0)
 
     def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
         """Take every local agent's mail, which may be overwritten afterwards, and return at once."""
         raise NotImplementedError
+
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
+              like: State) -> dict[int, State]:
+        """Agent -> model: all that the agents here take by `mixing` (N, N), entry i, j what i takes of j's, theirs too.
+
+        models: of the agents here that somebody takes; like: a state dict of the same architecture; wire: a name in
+        `utils.wire.WIRES`. What comes back has been through it, so that everybody merges the same; nothing in it may
+        be written to.
+        """
+        raise NotImplementedError
+
+    def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
+        """The iteration to go on with instead of this one: another only where the others have gone on without it."""
+        return iteration
 
     def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
         """Every agent's thing to the writer (elsewhere: {})."""
@@ -84,13 +105,29 @@ class Network:
         self.sent[agent] += sum(v.numel() * v.element_size() for v in mail.to.values())
         self.received[agent] += len(mail.sources) * mail.like.numel() * mail.like.element_size()
 
+    def _count_models(self, takes: np.ndarray, size: int) -> None:
+        """`takes` (N, N) bool: a model of `size` bytes goes from j to i."""
+        for agent in self.agents:
+            self.sent[agent] += size * int(takes[:, agent].sum())
+            self.received[agent] += size * int(takes[agent].sum())
+
+
+def taken(mixing: np.ndarray) -> np.ndarray:
+    """(N, N) bool: i takes the model of another agent j."""
+    return (mixing != 0) & ~np.eye(len(mixing), dtype=bool)
+
 
 class OneProcess(Network):
     """All agents here: the messages of an exchange lie in a dictionary."""
 
     def __init__(self, num_agents: int) -> None:
-        self.agents = tuple(range(num_agents))
+        self.agents = self.recorded = tuple(range(num_agents))
         super().__init__()
+
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
+              like: State) -> dict[int, State]:
+        self._count_models(taken(mixing), wire_bytes(like, wire))
+        return {j: through(state, wire) for j, state in models.items()}
 
     def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
         copies: dict[int, Tensor] = {}
@@ -110,14 +147,16 @@ class _Here:
 
 
 class ManyProcesses(Network):
-    """Agent r lives in rank r: point to point, non-blocking, one message for each edge and exchange.
+    """Agents dealt out to the ranks in blocks: point to point, non-blocking.
 
-    Over gloo, vectors of a GPU travel through pinned memory; over nccl, which needs a GPU for each agent, directly.
+    Over gloo, vectors of a GPU travel through pinned memory; over nccl, which needs a GPU for each rank, directly.
     """
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
-        self.rank = dist.get_rank()
-        self.agents = (self.rank,)
+    def __init__(self, num_agents: int, device: torch.device, timeout: timedelta) -> None:
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.recorded = tuple(range(num_agents))
+        self.home = {i: r for r, block in enumerate(np.array_split(self.recorded, world)) for i in block.tolist()}
+        self.agents = tuple(i for i, r in self.home.items() if r == self.rank)
         self.is_writer = self.rank == 0
         self.device, self.timeout = device, timeout
         self.through_cpu = device.type != "cpu" and dist.get_backend() == "gloo"
@@ -127,26 +166,61 @@ class ManyProcesses(Network):
         super().__init__()
 
     def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
+        """For one agent in each process, whose number is its rank."""
         mail = mails[self.rank]
         self._count(self.rank, mail)
+        staged = self._staged(mail.to.values())
+        arrivals = {j: self._empty(mail.like) for j in mail.sources}
+        works = self._start([(j, vector, f"agent {j}'s message") for j, vector in arrivals.items()],
+                            [(j, staged[id(v)], f"agent {j} to take its message") for j, v in mail.to.items()])
+        return {self.rank: _OnItsWay(self, arrivals, works, list(staged.values()))}
+
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
+              like: State) -> dict[int, State]:
+        takes, size = taken(mixing), wire_bytes(like, wire)
+        self._count_models(takes, size)
+        readers = {j: sorted({self.home[i] for i in np.flatnonzero(takes[:, j]).tolist()} - {self.home[j]})
+                   for j in self.recorded}
+        packed = {j: pack(models[j], wire) for j in self.agents if readers[j]}
+        staged = self._staged(packed.values())
+        arrivals = {j: self._empty(torch.empty(size, dtype=torch.uint8, device=self.device))
+                    for j in self.recorded if self.rank in readers[j]}
+        # A rank sends its agents' models in their order, which is how another one tells them apart.
+        works = self._start(
+            [(self.home[j], vector, f"agent {j}'s model of iteration {iteration}") for j, vector in arrivals.items()],
+            [(r, staged[id(vector)], f"the process of agents {self._living_at(r)} to take agent {j}'s model of "
+              f"iteration {iteration}") for j, vector in packed.items() for r in readers[j]])
+        mine = {j: through(state, wire) for j, state in models.items()}
+        arrived = _OnItsWay(self, arrivals, works, list(staged.values())).wait()
+        return mine | {j: unpack(vector, like, wire) for j, vector in arrived.items()}
+
+    def _living_at(self, rank: int) -> str:
+        return ", ".join(str(i) for i, r in self.home.items() if r == rank)
+
+    def _staged(self, vectors: Iterable[Tensor]) -> dict[int, Tensor]:
+        """id -> a copy from which the vector leaves: whoever handed it in may write to it again."""
         staged: dict[int, Tensor] = {}
-        for vector in mail.to.values():
+        for vector in vectors:
             if id(vector) not in staged:
                 staged[id(vector)] = self._empty(vector).copy_(vector, non_blocking=self.device.type == "cuda")
         if self.through_cpu and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the copies must be whole before they leave
-        arrivals = {j: self._empty(mail.like) for j in mail.sources}
-        receive = [dist.P2POp(dist.irecv, arrivals[j], j) for j in mail.sources]
-        send = [dist.P2POp(dist.isend, staged[id(vector)], j) for j, vector in mail.to.items()]
-        all_of_them = f"its neighbours {', '.join(map(str, sorted({*mail.sources, *mail.to})))}"
+        return staged
+
+    def _start(self, receives: list[tuple[int, Tensor, str]],
+               sends: list[tuple[int, Tensor, str]]) -> list[tuple[str, dist.Work]]:
+        """Start (rank, vector, what is waited for) and return at once."""
+        operations = [dist.P2POp(dist.irecv, vector, r) for r, vector, _ in receives]
+        operations += [dist.P2POp(dist.isend, vector, r) for r, vector, _ in sends]
+        all_of_them = f"the processes of agents {', '.join(sorted({self._living_at(r) for r, *_ in receives + sends}))}"
         try:
-            works = dist.batch_isend_irecv(receive + send) if receive or send else []
+            works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise self._lost(all_of_them, error, waited=0) from None
-        names = [f"agent {j}'s message" for j in mail.sources] + [f"agent {j} to take its message" for j in mail.to]
+        names = [name for *_, name in receives + sends]
         if len(works) != len(names):  # nccl makes one piece of work of them all
             names = [all_of_them] * len(works)
-        return {self.rank: _OnItsWay(self, arrivals, list(zip(names, works, strict=True)), list(staged.values()))}
+        return list(zip(names, works, strict=True))
 
     @contextlib.contextmanager
     def _everybody(self) -> Iterator[None]:
@@ -166,20 +240,23 @@ class ManyProcesses(Network):
         reason = _first_line(error)
         if waited >= self.timeout.total_seconds() - 0.1:
             reason = f"nothing within --timeout {self.timeout.total_seconds():g} s, so it has stalled or is very slow"
-        return NeighbourLost(f"agent {self.rank} waited {waited:.1f} s for {what}: {reason}")
+        who = f"agent{'s' * (len(self.agents) > 1)} {self._living_at(self.rank)}"
+        return NeighbourLost(f"{who} waited {waited:.1f} s for {what}: {reason}")
 
     def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
         everyone = [None] * dist.get_world_size() if self.is_writer else None
         with self._everybody():
-            dist.gather_object(things[self.rank], everyone, dst=0, group=self.control)
-        return dict(enumerate(everyone)) if self.is_writer else {}
+            dist.gather_object(dict(things), everyone, dst=0, group=self.control)
+        return {i: thing for part in everyone or () for i, thing in part.items()}
 
     def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
-        mine = [None]
-        everyone = [things[i] for i in range(dist.get_world_size())] if self.is_writer else None
+        mine, everyone = [None], None
+        if self.is_writer:
+            everyone = [{i: things[i] for i, r in self.home.items() if r == rank}
+                        for rank in range(dist.get_world_size())]
         with self._everybody():
             dist.scatter_object_list(mine, everyone, src=0, group=self.control)
-        return {self.rank: mine[0]}
+        return mine[0]
 
     def together(self, prepare: Callable[[], Any]) -> Any:
         result, failure = None, None
@@ -260,15 +337,17 @@ def pick_backend(name: str, device: torch.device, store: dist.Store, world: int)
     gpus = [store.get(f"gpu of {k}").decode() for k in range(world)]
     able = "none" not in gpus and len(set(gpus)) == world
     if name == "nccl" and not able:
-        raise ValueError("--backend nccl needs a GPU of its own for every agent: use gloo")
+        raise ValueError("--backend nccl needs a GPU of its own for every process: use gloo")
     return "nccl" if able and name != "gloo" else "gloo"
 
 
 @contextlib.contextmanager
-def connect(num_agents: int, device: torch.device, backend: str, timeout: float) -> Iterator[Network]:
-    """All agents in this process or, under a launcher, the one of this rank; `timeout` in seconds.
+def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
+            one_each: bool = False) -> Iterator[Network]:
+    """All agents in this process or, under a launcher, those of this rank; `timeout` in seconds.
 
-    Raises ValueError when the launcher's processes are not one for each agent, or can't find each other.
+    Raises ValueError when there are more processes than agents (with `one_each`: not as many), or they can't find each
+    other.
     """
     if not is_launched():
         if backend == "nccl":
@@ -277,12 +356,12 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
         return
     limit = timedelta(seconds=timeout)
     world = int(os.environ["WORLD_SIZE"])
-    if world != num_agents:
+    if world != num_agents and (one_each or world > num_agents):
         raise ValueError(f"{world} processes for --num_models {num_agents}: launch one for each agent "
-                         f"(--nproc_per_node={num_agents}), or none")
+                         f"(--nproc_per_node={num_agents}), or {'none' if one_each else 'fewer'}")
     file = _meeting_file()
     try:
-        network = _join(file, device, backend, limit, world)
+        network = _join(num_agents, file, device, backend, limit, world)
         yield network
         dist.destroy_process_group()
     finally:
@@ -290,7 +369,8 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float)
             file.unlink(missing_ok=True)
 
 
-def _join(file: Path | None, device: torch.device, backend: str, limit: timedelta, world: int) -> ManyProcesses:
+def _join(num_agents: int, file: Path | None, device: torch.device, backend: str, limit: timedelta,
+          world: int) -> ManyProcesses:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     try:
@@ -303,7 +383,7 @@ def _join(file: Path | None, device: torch.device, backend: str, limit: timedelt
         store = dist.PrefixStore(f"restart {_restarts()}", store)
         chosen = pick_backend(backend, device, store, world)
         dist.init_process_group(chosen, store=store, rank=rank(), world_size=world, timeout=limit)
-        network = ManyProcesses(device, limit)
+        network = ManyProcesses(num_agents, device, limit)
         if chosen == "nccl":
             dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
         dist.barrier(group=network.control)

@@ -23,6 +23,7 @@ REFERENCE = {
     "batch_size": 100, "optim": "adam", "lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "amp": "none",
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
+    "wire": "fp32", "link_failure": 0.0, "agent_failure": 0.0, "exchanged_by": None, "staleness": 0,
 }
 BASELINE_REFERENCE = REFERENCE | {
     "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",

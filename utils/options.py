@@ -6,8 +6,12 @@ The registries' names come in as arguments (`choices`), so that this package imp
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
+import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -149,9 +153,20 @@ def start_options(g) -> None:
     g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
 
 
+def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict: bool = True) -> None:
+    """How launched processes reach each other; `strict`: they have to wait at all."""
+    g.add_argument("--backend", choices=backends, default="auto",
+                   help="what carries the messages: nccl where every process has a GPU of its own, else gloo")
+    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS", help=waits)
+    g.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
 def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
-                topologies: Iterable[str], exps: dict[int, str]) -> argparse.ArgumentParser:
-    p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.",
+                topologies: Iterable[str], exps: dict[int, str], wires: Sequence[str],
+                backends: Sequence[str]) -> argparse.ArgumentParser:
+    p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.\n"
+                       "All agents in this process or dealt out to several (--workers, torchrun), with the same "
+                       "figures,\nor each on its own (--agent, --exchange), where any may stop and come back.",
                "python -m main --dataset=digits --num_models=5 --ckp=CHECKPOINT_FOLDER --opt=DIMAT --exp=2 "
                "--merg_itr=8 --training --epochs=2")
     g = p.add_argument_group("algorithm")
@@ -179,10 +194,20 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="most memory for the correlation matrices; beyond it the edges are taken in blocks")
     g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
+    g = p.add_argument_group("processes")
+    g.add_argument("--wire", choices=wires, default=wires[0],
+                   help="how models travel: as they are, or their kernels and matrices in fewer bits")
+    group_options(g, backends, 1800.0, "how long to wait for a neighbour, whose local epochs may take so much longer; "
+                  "then a group of processes gives up, and an agent on its own merges with those who are there")
+    g = p.add_argument_group("simulated faults")
+    g.add_argument("--link_failure", type=number(float, 0, 1), default=0.0, metavar="P",
+                   help="chance that an edge carries nothing in an iteration")
+    g.add_argument("--agent_failure", type=number(float, 0, 1), default=0.0, metavar="P",
+                   help="chance that an agent neither merges nor trains in an iteration")
     g = p.add_argument_group("run")
     g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
     _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
-    _flag(g, "--resume", help="continue an interrupted run")
+    _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
     g.add_argument("--keep", choices=["last", "all"], default="last",
                    help="keep the state of the last iteration, or of each (for --merg_itr_init)")
     machine_options(p)
@@ -227,11 +252,7 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
     _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
     _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
     g = p.add_argument_group("processes")
-    g.add_argument("--backend", choices=backends, default="auto",
-                   help="what carries the messages: nccl where every agent has a GPU of its own, else gloo")
-    g.add_argument("--timeout", type=number(float, 0, strict=True), default=300.0, metavar="SECONDS",
-                   help="how long to wait for a neighbour before giving up")
-    g.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    group_options(g, backends, 300.0, "how long to wait for a neighbour before giving up")
     machine_options(p)
     return p
 
@@ -243,6 +264,18 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
     pre.add_argument("--config")
     config = pre.parse_known_args(argv)[0].config
     return p.parse_args(_config_arguments(p, config, argv) + argv if config else argv)
+
+
+def parse_once(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """`parse`, but under a launcher only the first process says what is wrong with the command line."""
+    if os.environ.get("RANK", "0") == "0":
+        return parse(p, argv)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return parse(p, argv)
+    except SystemExit:
+        time.sleep(2)  # the launcher ends all when one ends: let the first one speak
+        raise
 
 
 def _config_arguments(p: argparse.ArgumentParser, path: str, argv: Sequence[str]) -> list[str]:

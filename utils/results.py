@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from utils.training import Diverged, EpochStats, Evaluation
 
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
-           "bytes_received")
+           "bytes_received", "took_part", "merged_with")
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
-        "local_rank", "processes", "launch", "tensorboard"}
+        "local_rank", "processes", "launch", "tensorboard", "workers", "exchange"}
 
 
 def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:
@@ -133,7 +133,7 @@ class RunFolder:
             save_tensors(self.path / "state.pt", state)  # first: it says what counts
             for stale in self.path.glob("*/model_*.pth"):
                 stale.unlink()
-            self.save_models(state["phase"], state["states"])
+            self.save_models(state["phase"], dict(zip(self.agents(state), state["states"], strict=True)))
         if metrics.exists():
             os.truncate(metrics, length)
         if self.make_board:  # what lies beyond the state is hidden from the curves
@@ -148,14 +148,19 @@ class RunFolder:
                 stale.unlink()
         return state
 
+    @staticmethod
+    def agents(state: dict[str, Any]) -> list[int]:
+        """Whose models a state holds: everybody's, as a rule."""
+        return state.get("agents", list(range(len(state["states"]))))
+
     def record(self, iteration: int, phase: str, rows: list[dict[str, Any]], matrix: np.ndarray) -> None:
-        """Append one row per agent to metrics.csv and write the accuracy matrix (N, N + 1)."""
+        """Append one row per agent to metrics.csv and write the accuracy matrix (agents, N + 1)."""
         _append(self.path / "metrics.csv", METRICS, [{"iteration": iteration, "phase": phase} | row for row in rows])
         if self.board:
             self._draw(iteration, phase, rows)
-        n = len(matrix)
-        header = ",".join(["agent", *(f"part_{j}" for j in range(n)), "all"])
-        lines = [",".join([str(i), *(f"{value:.4f}" for value in row)]) for i, row in enumerate(matrix)]
+        header = ",".join(["agent", *(f"part_{j}" for j in range(matrix.shape[1] - 1)), "all"])
+        lines = [",".join([str(row["agent"]), *(f"{value:.4f}" for value in values)])
+                 for row, values in zip(rows, matrix, strict=True)]
         save_text(self.path / "accuracy_matrix" / f"iteration_{iteration:04d}_{phase}.csv",
                   "\n".join([header, *lines]) + "\n")
 
@@ -177,9 +182,9 @@ class RunFolder:
         if rows:
             _append(self.path / "merge_stats.csv", MERGE_STATS, rows)
 
-    def save_models(self, phase: str, states: list[dict[str, Tensor]]) -> None:
-        """The latest models of a phase, as plain state dicts."""
-        for i, state in enumerate(states):
+    def save_models(self, phase: str, states: Mapping[int, dict[str, Tensor]]) -> None:
+        """The agents' latest models of a phase, as plain state dicts."""
+        for i, state in states.items():
             save_tensors(self.path / phase / f"model_{i}.pth", {k: t.cpu() for k, t in state.items()})
 
     def commit(self, state: dict[str, Any], keep: bool) -> None:
@@ -199,10 +204,15 @@ def _summary_writer() -> Callable[..., Any]:
 
 
 def _append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Rows at the end of a CSV file, on the disk when this returns."""
+    """Rows at the end of a CSV file, on the disk when this returns. A file that was begun with fewer columns keeps to
+    them."""
+    begun = path.exists() and path.stat().st_size > 0
+    if begun:
+        with open(path, newline="") as file:
+            columns = next(csv.reader(file))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    if not begun:
         writer.writeheader()
     writer.writerows(rows)
     with open(path, "a", newline="") as file:
@@ -220,17 +230,19 @@ def consensus_distance(states: Sequence[dict[str, Tensor]], parameters: Iterable
     return math.sqrt(total)
 
 
-def record_agents(folder: RunFolder, iteration: int, phase: str, evaluations: Sequence[Evaluation],
-                  of_average: Evaluation, test_parts: Sequence[np.ndarray], began: float,
-                  stats: Sequence[EpochStats] | None, *, consensus_distance: float, **per_agent: Sequence[Any]) -> None:
+def record_agents(folder: RunFolder, iteration: int, phase: str, agents: Sequence[int],
+                  evaluations: Sequence[Evaluation], of_average: Evaluation | None, test_parts: Sequence[np.ndarray],
+                  began: float, stats: Sequence[EpochStats | None], *, consensus_distance: float | None,
+                  **per_agent: Sequence[Any]) -> None:
     """Write a phase's figures down, and say them in one line.
 
-    evaluations: each agent's on the whole test set, of_average: of the plain average of all models; test_parts: the
-    test images that go with each agent's data; began: `time.perf_counter()` at the phase's start; stats: of the last
-    local epoch, if there was one; per_agent: further columns of metrics.csv, one value for each agent.
+    agents: those that the folder is about; evaluations: each one's on the whole test set; of_average: of the plain
+    average of all models, None (as consensus_distance) for an agent that doesn't know all; test_parts: the test images
+    that go with each agent's data; began: `time.perf_counter()` at the phase's start; stats: of each one's last local
+    epoch, None where there was none; per_agent: further columns of metrics.csv, one value for each agent.
     Raises Diverged, before anything is written, when an agent's loss is not finite.
     """
-    for i, evaluation in enumerate(evaluations):
+    for i, evaluation in zip(agents, evaluations, strict=True):
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"agent {i}, iteration {iteration} ({phase}): the test loss is {evaluation.loss}; "
                            "the run folder keeps what was finished before")
@@ -238,10 +250,13 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, evaluations: Se
     seconds = time.perf_counter() - began
     folder.record(iteration, phase, [{
         "agent": i, "test_accuracy": e.accuracy(), "test_loss": e.loss,
-        "train_accuracy": stats[i].accuracy if stats else "", "train_loss": stats[i].loss if stats else "",
-        "consensus_distance": consensus_distance, "average_model_accuracy": of_average.accuracy(),
-        "seconds": round(seconds, 3), **{key: values[i] for key, values in per_agent.items()},
-    } for i, e in enumerate(evaluations)], matrix)
+        "train_accuracy": trained.accuracy if trained else "", "train_loss": trained.loss if trained else "",
+        "consensus_distance": "" if consensus_distance is None else consensus_distance,
+        "average_model_accuracy": of_average.accuracy() if of_average else "",
+        "seconds": round(seconds, 3), **{key: values[k] for key, values in per_agent.items()},
+    } for k, (i, e, trained) in enumerate(zip(agents, evaluations, stats, strict=True))], matrix)
     accuracy = matrix[:, -1]
-    say(f"iteration {iteration:>3} {phase:<7}: test accuracy {accuracy.mean():6.2f} % "
-        f"({accuracy.min():.2f} to {accuracy.max():.2f}), consensus distance {consensus_distance:.3f}, {seconds:.1f} s")
+    spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if of_average else ""
+    consensus = f", consensus distance {consensus_distance:.3f}" if of_average else ""
+    say(f"{'' if of_average else f'agent {agents[0]}, '}iteration {iteration:>3} {phase:<7}: test accuracy "
+        f"{accuracy.mean():6.2f} %{spread}{consensus}, {seconds:.1f} s")

@@ -1,9 +1,10 @@
 """Who talks to whom, and with which weights.
 
 Undirected graphs with doubly stochastic mixing matrices, for every method; one-way graphs with column-stochastic ones,
-for those that can do with them.
+for those that can do with them. Either may change from step to step.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from utils.seeds import generator
 
-TOLERANCE = 1e-6  # of the row and column sums of a mixing matrix read from a file
+TOLERANCE = 1e-6  # of the row and column sums of a mixing matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,10 @@ class Topology:
     connectivity: (N, N) bool, no self loops; `connectivity[i, j]`: agent i hears from j; symmetric unless `directed`.
     pi: (N, N) float64, doubly stochastic (directed: its columns sum to 1), and off the diagonal positive exactly on the
     edges; `pi[i, j]` is the weight of agent j's model in agent i's merge.
-    schedule: of a graph that changes from step to step, the matrices that take turns; `pi` is their mean then.
+    Of a graph that changes from step to step, `connectivity` is the union and `pi` the mean of all steps, and one of
+    schedule: (N, N) matrices that take turns, and
+    draw: step -> (N, N), the same matrix whenever it is asked for that step,
+    gives those of the steps.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Topology:
     pi: np.ndarray
     directed: bool = False
     schedule: tuple[np.ndarray, ...] = ()
+    draw: Callable[[int], np.ndarray] | None = None
 
     @property
     def num_agents(self) -> int:
@@ -46,7 +51,15 @@ class Topology:
 
     def weights(self, step: int) -> np.ndarray:
         """(N, N): the mixing matrix of step 0, 1, 2, ..."""
+        if self.draw is not None:
+            return self.draw(step)
         return self.schedule[step % len(self.schedule)] if self.schedule else self.pi
+
+    @property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether every row and column of pi and of the schedule's matrices sums to 1; drawn ones are not looked at."""
+        sums = [matrix.sum(axis=axis) for matrix in (self.pi, *self.schedule) for axis in (0, 1)]
+        return np.allclose(sums, 1, rtol=0, atol=TOLERANCE)
 
     @property
     def second_eigenvalue(self) -> float:
@@ -60,7 +73,7 @@ class Topology:
         return connected_components(self.connectivity, connection="strong", return_labels=False) == 1
 
     def to_json(self) -> str:
-        """The text of a file that `make_topology` reads back to an equal topology."""
+        """The text of a file that `make_topology` reads back to an equal topology; of one that changes, to its mean."""
         return json.dumps(
             {
                 "graph_type": self.name,
@@ -92,18 +105,23 @@ def metropolis_hastings(connectivity: np.ndarray) -> np.ndarray:
 
 
 Graph = Callable[[int, int], np.ndarray]  # (num_agents, seed) -> connectivity (N, N) bool
+Draw = Callable[[int, int, int], np.ndarray]  # (num_agents, seed, step) -> pi (N, N) of that step
 TOPOLOGIES: dict[str, Callable[[int, int], Topology]] = {}
 
 
 def register_topology(
-    name: str, weights: Callable[[np.ndarray], np.ndarray] = metropolis_hastings
+    name: str, weights: Callable[[np.ndarray], np.ndarray] = metropolis_hastings, draw: Draw | None = None
 ) -> Callable[[Graph], Graph]:
-    """Decorator that makes a graph available as `name`, mixed with `weights(connectivity)`."""
+    """Decorator that makes a graph available as `name`, mixed with `weights(connectivity)`.
+
+    With `draw`, by what it gives for each step; the graph is the union then and the weights are the mean.
+    """
 
     def register(graph: Graph) -> Graph:
         def make(num_agents: int, seed: int) -> Topology:
             connectivity = graph(num_agents, seed)
-            return Topology(name, connectivity, weights(connectivity))
+            draws = functools.partial(draw, num_agents, seed) if draw else None
+            return Topology(name, connectivity, weights(connectivity), draw=draws)
 
         TOPOLOGIES[name] = make
         return graph
@@ -189,6 +207,32 @@ def random(num_agents: int, seed: int) -> np.ndarray:
             return connectivity
 
 
+def _draw_matching(num_agents: int, seed: int, step: int) -> np.ndarray:
+    """(N, N): this step's pairs, all equally likely; of an odd number the last one drawn keeps its model."""
+    order = torch.randperm(num_agents, generator=generator(seed, 0, step, "matching")).numpy()
+    half = num_agents // 2
+    partner = np.arange(num_agents)
+    partner[order[:half]], partner[order[half : 2 * half]] = order[half : 2 * half], order[:half]
+    alone = np.eye(num_agents)
+    return (alone + alone[partner]) / 2
+
+
+def _mean_matching(connectivity: np.ndarray) -> np.ndarray:
+    """Half of how likely each pair is: an agent has N - 1 possible partners and, if N is odd, sitting out besides."""
+    n = len(connectivity)
+    pi = np.where(connectivity, 0.5 / (n - 1 + n % 2), 0.0)
+    return pi + np.diag(1.0 - pi.sum(axis=1))
+
+
+@register_topology("random_matching", weights=_mean_matching, draw=_draw_matching)
+def random_matching(num_agents: int, seed: int) -> np.ndarray:
+    """In every step all agents in pairs drawn anew, each averaging with its partner (an odd one sits out).
+
+    Source: Boyd et al. 2006, Randomized gossip algorithms; theirs has one such pair at a time.
+    """
+    return fully_connected(num_agents, seed)
+
+
 # One-way graphs
 
 DIRECTED: dict[str, Callable[[int, int], Topology]] = {}
@@ -243,24 +287,29 @@ EXPS = {1: "fully_connected", 2: "ring", 3: "bipartite", 4: "disconnected"}
 
 
 def make_topology(name: str | Path, num_agents: int, seed: int = 0) -> Topology:
-    """The topology `name`, of `TOPOLOGIES`, `DIRECTED` or a JSON file, over `num_agents` >= 1 agents.
+    """The topology `name`, of `TOPOLOGIES`, `DIRECTED`, a JSON file or a folder of them, over `num_agents` >= 1 agents.
 
-    `seed` is for `random`. A file holds `num_agents`, `connectivity` ((N, N) of 0 and 1, the diagonal is ignored) and
-    as a rule `pi` ((N, N) weights; if absent, Metropolis-Hastings ones) and `graph_type` (a name). With
-    `"directed": true` connectivity[i][j] = 1 says that i hears from j, and pi's columns alone must sum to 1 (if absent,
-    everyone shares out equally). A graph that isn't connected is accepted; `Topology.is_connected` says so.
+    `seed` is for `random` and `random_matching`. A file holds `num_agents`, `connectivity` ((N, N) of 0 and 1, the
+    diagonal is ignored) and as a rule `pi` ((N, N) weights; if absent, Metropolis-Hastings ones) and `graph_type` (a
+    name). With `"directed": true` connectivity[i][j] = 1 says that i hears from j, and pi's columns alone must sum to 1
+    (if absent, everyone shares out equally). A graph that isn't connected is accepted; `Topology.is_connected` says so.
+    The .json files of a folder take turns step by step, sorted by name (2.json after 10.json); a directed one makes the
+    whole directed.
 
-    Raises ValueError for an unknown name (choices listed), for fewer than 1 agent and for a file that is not such a
-    topology over `num_agents` agents; FileNotFoundError if there is no such file.
+    Raises ValueError for an unknown name (choices listed), for fewer than 1 agent, for a file that is not such a
+    topology over `num_agents` agents and for a folder without files; FileNotFoundError if there is no such file.
     """
     if num_agents < 1:
         raise ValueError(f"a topology needs at least 1 agent, not {num_agents}")
     known = TOPOLOGIES | DIRECTED
     if str(name) in known:
         return known[str(name)](num_agents, seed)
+    if Path(name).is_dir():
+        return _load_folder(Path(name), num_agents)
     if Path(name).suffix.lower() == ".json":
         return _load(Path(name), num_agents)
-    raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(known)}, or a .json file")
+    raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(known)}, a .json file "
+                     "or a folder of .json files")
 
 
 def _load(path: Path, num_agents: int) -> Topology:
@@ -271,6 +320,16 @@ def _load(path: Path, num_agents: int) -> Topology:
         return _parse(json.loads(path.read_text(encoding="utf-8")), path.stem, num_agents)
     except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors too
         raise ValueError(f"topology file {path}: {error}") from error
+
+
+def _load_folder(path: Path, num_agents: int) -> Topology:
+    """The graphs of all files in turn; an error names the file."""
+    graphs = [_load(file, num_agents) for file in sorted(path.iterdir()) if file.suffix.lower() == ".json"]
+    if not graphs:
+        raise ValueError(f"topology folder {path} has no .json files")
+    schedule = tuple(graph.pi for graph in graphs)
+    union = np.logical_or.reduce([graph.connectivity for graph in graphs])
+    return Topology(path.name, union, np.mean(schedule, axis=0), any(graph.directed for graph in graphs), schedule)
 
 
 def _parse(content: Any, default_name: str, num_agents: int) -> Topology:

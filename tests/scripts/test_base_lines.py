@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from base_lines import batch_stream, steps_of_an_epoch
-from data.datasets import DATASETS, load_dataset
-from data.partition import PARTITIONS
-from models import MODELS
+from base_lines import batch_stream, make_parser, steps_of_an_epoch
+from data.datasets import load_dataset
 from tests.helpers import ROOT, TINY, equal_runs, rows_of, script
-from utils.options import main_parser
 from utils.topology import Topology, push_weights
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
@@ -169,7 +166,7 @@ def test_everybody_takes_the_same_steps_and_streams_go_on():
     assert steps_of_an_epoch(parts, 10) == 5  # 135 images in steps of 30
     assert steps_of_an_epoch([np.arange(10)], 100) == 1
     dataset = load_dataset("digits", train_samples=100)
-    options = main_parser(DATASETS, MODELS, PARTITIONS, ["NONE"], [], {}).parse_args(["--batch_size=4"])
+    options = make_parser().parse_args(["--batch_size=4"])
     whole = list(itertools.islice(batch_stream(options, dataset, np.arange(10), 1, 0), 9))
     assert [len(y) for _, y in whole] == [4, 4, 2] * 3
     for one in range(3):  # every pass shows each image once

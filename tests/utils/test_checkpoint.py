@@ -1,6 +1,6 @@
 import torch
 
-from utils.checkpoint import checkpoint_folder, describe, digest
+from utils.checkpoint import checkpoint_folder, describe, digest, digest_of_all
 
 OPTIONS = {"dataset": "cifar10", "model": "tv:resnet18", "num_models": 5, "data_dist": "dirichlet", "epochs": 7,
            "seed": 3, "init_seed": True, "phase": "pretrain", "width_multiplier": 2, "alpha": 0.1, "train_samples": 200}
@@ -24,5 +24,8 @@ def test_data_sets_in_one_layout_have_folders_of_their_own(tmp_path):
 
 def test_a_digest_tells_models_apart():
     a, b = {"w": torch.zeros(2, 3), "n": torch.tensor(1)}, {"w": torch.zeros(2, 3), "n": torch.tensor(2)}
-    assert digest([a, b]) == digest([{k: v.clone() for k, v in s.items()} for s in (a, b)])
-    assert len({digest(states) for states in ([a, b], [b, a], [a, a], [a])}) == 4
+    assert digest(a) == digest({k: v.clone() for k, v in a.items()}) != digest(b)
+    digests = {"a": digest(a), "b": digest(b)}
+    several = [digest_of_all({i: digests[name] for i, name in enumerate(names)}) for names in ("ab", "ba", "aa", "a")]
+    assert len(set(several)) == 4
+    assert several[0] == digest_of_all({1: digests["b"], 0: digests["a"]})

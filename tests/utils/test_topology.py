@@ -1,11 +1,22 @@
-"""Topologies: mixing matrices, the paper's eigenvalues, JSON files."""
+"""Topologies: mixing matrices, the paper's eigenvalues, graphs that change, JSON files."""
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology, metropolis_hastings, push_weights
+from utils.topology import (
+    DIRECTED,
+    EXPS,
+    TOPOLOGIES,
+    Topology,
+    make_topology,
+    metropolis_hastings,
+    push_weights,
+    register_topology,
+)
 
 # Second-largest |eigenvalue| at these numbers of agents
 PAPER_AGENTS = (2, 3, 5, 10, 20)
@@ -92,6 +103,75 @@ def test_random_depends_on_its_seed_only():
     assert not one.all(where=~np.eye(12, dtype=bool))
 
 
+@pytest.mark.parametrize("num_agents", range(1, 12))
+def test_random_matching_is_a_matching_in_every_step(num_agents):
+    topology = make_topology("random_matching", num_agents, seed=1)
+    assert not topology.directed and topology.is_doubly_stochastic
+    np.testing.assert_array_equal(topology.connectivity, ~np.eye(num_agents, dtype=bool))
+    for step in range(20):
+        pi = topology.weights(step)
+        np.testing.assert_array_equal(pi, pi.T)
+        np.testing.assert_array_equal(pi.sum(axis=1), 1)
+        partners = ((pi > 0) & topology.connectivity).sum(axis=1)
+        assert partners.max(initial=0) <= 1 and (partners == 0).sum() == num_agents % 2
+        assert set(pi.ravel()) <= {0.0, 0.5, 1.0}  # so that the paired weigh 1/2 and who sits out 1
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 3, 4, 5, 8])
+def test_the_mean_of_many_random_matchings_is_pi(num_agents):
+    topology = make_topology("random_matching", num_agents)
+    mean = np.mean([topology.weights(step) for step in range(1500)], axis=0)
+    np.testing.assert_allclose(mean, topology.pi, rtol=0, atol=0.025)  # 4 standard deviations of the likeliest pairs
+
+
+def test_random_matchings_depend_on_seed_and_step_only():
+    def matrices(seed, steps=range(6)):
+        topology = make_topology("random_matching", 9, seed)
+        return [topology.weights(step).tolist() for step in steps]
+
+    assert matrices(3) == matrices(3) == matrices(3, reversed(range(6)))[::-1]
+    assert all(a != b for a, b in zip(matrices(3), matrices(4), strict=True))
+    assert all(a != b for a, b in itertools.combinations(matrices(3), 2))
+
+
+def test_a_draw_comes_before_a_schedule_and_that_before_pi():
+    matrices = np.eye(2), np.full((2, 2), 0.5)
+    fixed = Topology("mine", ~np.eye(2, dtype=bool), np.mean(matrices, axis=0))
+    in_turn = dataclasses.replace(fixed, schedule=matrices)
+    drawn = dataclasses.replace(in_turn, draw=lambda step: np.full((2, 2), step))
+    assert [fixed.weights(step)[0, 1] for step in range(4)] == [0.25] * 4
+    assert [in_turn.weights(step)[0, 1] for step in range(4)] == [0, 0.5, 0, 0.5]
+    assert [drawn.weights(step)[0, 1] for step in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_registered_graph_may_be_drawn_step_by_step(monkeypatch):
+    monkeypatch.setattr("utils.topology.TOPOLOGIES", {})
+
+    @register_topology("mine", draw=lambda num_agents, seed, step: np.full((num_agents, num_agents), 10 * seed + step))
+    def mine(num_agents, seed):
+        return ~np.eye(num_agents, dtype=bool)
+
+    topology = make_topology("mine", 3, seed=2)
+    np.testing.assert_array_equal(topology.weights(4), np.full((3, 3), 24))
+    np.testing.assert_array_equal(topology.pi, 1 / 3)
+
+
+def test_what_is_doubly_stochastic():
+    for name in ("ring", "bipartite", "directed_ring", "directed_exponential", "one_peer_exponential"):
+        assert make_topology(name, 5).is_doubly_stochastic is True
+    star = make_topology("star", 4)
+    columns = push_weights(star.connectivity)
+    for pi in (columns, columns.T):
+        assert dataclasses.replace(star, pi=pi).is_doubly_stochastic is False
+    # Each half of it sends one way, the mean both
+    one_way = np.array([[0.5, 0], [0.5, 1]]), np.array([[1, 0.5], [0, 0.5]])
+    pair = Topology("pair", ~np.eye(2, dtype=bool), np.mean(one_way, axis=0), directed=True, schedule=one_way)
+    assert not pair.is_doubly_stochastic
+    assert dataclasses.replace(pair, schedule=()).is_doubly_stochastic
+    ring = make_topology("ring", 5)
+    assert dataclasses.replace(ring, pi=ring.pi.round(7)).is_doubly_stochastic  # as a file may have it
+
+
 def test_metropolis_hastings_on_a_star_and_on_what_is_no_graph():
     pi = metropolis_hastings(make_topology("star", 4).connectivity)
     np.testing.assert_allclose(pi[0], 0.25)
@@ -154,7 +234,7 @@ def test_exps_are_topologies():
 
 
 def test_unknown_names_and_no_agents():
-    with pytest.raises(ValueError, match=r"unknown topology 'rign'.*fully_connected, ring, .*\.json"):
+    with pytest.raises(ValueError, match=r"unknown topology 'rign'.* ring, .*a \.json file or a folder"):
         make_topology("rign", 5)
     with pytest.raises(ValueError, match="at least 1 agent, not 0"):
         make_topology("ring", 0)
@@ -230,3 +310,61 @@ def test_a_faulty_file_is_named_with_its_fault(fault, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         make_topology(tmp_path / "none.json", 3)
+
+
+def folder_of(path, **contents):
+    path.mkdir()
+    for name, content in contents.items():
+        (path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_the_files_of_a_folder_take_turns_by_name(tmp_path):
+    ring, star = make_topology("ring", 4), make_topology("star", 4)
+    alone = {"num_agents": 4, "connectivity": np.zeros((4, 4)).tolist()}
+    folder = folder_of(tmp_path / "graphs", b=star.to_json(), c=alone, a=ring.to_json())
+    (folder / "README").write_text("no graph")
+    topology = make_topology(folder, 4)
+    matrices = [ring.pi, star.pi, np.eye(4)]
+    for step in range(7):
+        np.testing.assert_array_equal(topology.weights(step), matrices[step % 3])
+    assert_sound(topology, 4)
+    assert topology.name == "graphs" and topology.is_doubly_stochastic and not topology.directed
+    np.testing.assert_allclose(topology.pi, np.mean(matrices, axis=0))
+    np.testing.assert_array_equal(topology.connectivity, ring.connectivity | star.connectivity)
+    np.testing.assert_array_equal(make_topology(f"{folder}/", 4).pi, topology.pi)
+
+
+def test_a_folder_of_one_file_is_that_file(tmp_path):
+    bipartite = make_topology("bipartite", 5)
+    topology = make_topology(folder_of(tmp_path / "one.json", only=bipartite.to_json()), 5)
+    for pi in (topology.pi, topology.weights(0), topology.weights(1)):
+        np.testing.assert_array_equal(pi, bipartite.pi)
+
+
+def test_a_folder_is_directed_if_any_of_its_files_is(tmp_path):
+    ring, one_way = make_topology("ring", 5), make_topology("directed_ring", 5)
+    folder = folder_of(tmp_path / "mixed", a=ring.to_json(), b=one_way.to_json())
+    topology = make_topology(folder, 5)
+    assert topology.directed and topology.is_doubly_stochastic
+    np.testing.assert_array_equal(topology.weights(3), one_way.pi)
+
+
+def test_a_known_name_is_no_folder(tmp_path, monkeypatch):
+    folder_of(tmp_path / "ring")
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(make_topology("ring", 3).pi, 1 / 3)
+
+
+def test_a_faulty_file_of_a_folder_is_named_and_a_folder_without_any(tmp_path):
+    ring = make_topology("ring", 3).to_json()
+    for name, (content, message) in FAULTS.items():
+        folder = folder_of(tmp_path / name, fine=ring, other=content)
+        with pytest.raises(ValueError, match=rf"topology file .*other\.json: .*{message}"):
+            make_topology(folder, 3)
+    folder = folder_of(tmp_path / "empty")
+    (folder / "graph.txt").write_text(ring)
+    with pytest.raises(ValueError, match=r"topology folder .*empty has no \.json files"):
+        make_topology(folder, 3)
+    with pytest.raises(ValueError, match=r"unknown topology '.*gone'.* or a folder of \.json files"):
+        make_topology(tmp_path / "gone", 3)
