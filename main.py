@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from models import MODELS, infer_width
 from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
 from utils.checkpoint import check_state, describe, digest, digest_of_all, inherit, load_states
+from utils.collect import collect
 from utils.distributed import (
     BACKENDS,
     Network,
@@ -39,14 +40,17 @@ from utils.distributed import (
     rank,
     taken,
 )
+from utils.exchange import SharedFolder
+from utils.exchange import clear as forget
 from utils.faults import Faults, surviving, without
-from utils.files import circumstances, load_yaml
+from utils.files import circumstances, claim, clear, load_yaml
 from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse_once, pick_device
 from utils.progress import progress
 from utils.results import METRICS, RunFolder, consensus_distance, record_agents, run_folder
 from utils.scripts import run_script
 from utils.seeds import generator
+from utils.siblings import end, follow_parent, is_sibling, start, threads_each, wait_for_all, with_workers
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
 from utils.wire import WIRES
 
@@ -307,6 +311,7 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "bn_reset": o.bn_reset if merges else None,
         "wire": o.wire if merges else None,
         "link_failure": o.link_failure if merges else None,
+        "exchanged_by": None if o.agent is None and not o.processes else "folder",
     } | start_that_matters(o, made_with)
 
 
@@ -347,16 +352,22 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         return made_with, fleet
 
     def open_folder() -> RunFolder | None:
-        matter = options_that_matter(o, made_with)
         config = vars(o) | circumstances(command) | {"initial_models": digest_of_all(digests)}
         if read := matrices(o.topology, fleet.topology):
             config["pi"] = read
-        return open_run(o, network, run_folder(vars(o), matter), config, matter, start=o.merg_itr_init)
+        return open_run(o, network, path, config, matter, start=o.merg_itr_init)
 
     made_with, fleet = network.together(prepare)
     digests = network.collect({i: digest(state) for i, state in fleet.states.items()})
+    matter = options_that_matter(o, made_with)
+    path = run_folder(vars(o), matter)
+    name = name_for_others(o, path, fleet.topology)
+    if o.agent is not None:
+        path = path / f"agent_{o.agent}"
     folder = network.together(open_folder)
-    with folder or contextlib.nullcontext():
+    neighbours = [j for i in network.agents for j in range(o.num_models)
+                  if fleet.topology.connectivity[i, j] or fleet.topology.connectivity[j, i]]
+    with folder or contextlib.nullcontext(), network.meet(name, neighbours, fresh=bool(folder and not folder.begun)):
         if folder:
             say_what_is_unusual(fleet)
         saved = network.together(folder.load if folder else lambda: None)  # drops what a longer run had begun
@@ -406,17 +417,93 @@ def make_parser() -> ArgumentParser:
     return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, WIRES, BACKENDS)
 
 
+def settle_processes(o: Namespace) -> None:
+    """Check which of the ways to be in several processes was asked for."""
+    alone = o.agent is not None
+    if is_launched() and (alone or o.processes):
+        raise ValueError("--agent and --processes are for processes that nobody has launched as a group")
+    if o.workers and (alone or o.processes):
+        raise ValueError("--workers are of one run: leave it out with --agent and --processes")
+    if alone and not o.exchange:
+        raise ValueError("--agent needs --exchange folder:PATH, where it finds its neighbours' models")
+    if alone and o.agent >= o.num_models:
+        raise ValueError(f"--agent {o.agent}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
+    if o.processes and o.processes != o.num_models:
+        raise ValueError(f"--processes {o.processes}: every agent is a process of its own, so give {o.num_models}, or "
+                         "another --num_models; --workers deals agents out to fewer processes")
+    for option in ("exchange", "staleness"):
+        if getattr(o, option) and not (alone or o.processes):
+            raise ValueError(f"--{option} is for agents on their own: give --agent or --processes as well")
+    o.resume = o.resume or (alone and not o.overwrite)  # an agent comes back by the same command
+
+
+def name_for_others(o: Namespace, path: Path, topology: Topology) -> str:
+    """What agents must agree on to be of one run: all that changes its results."""
+    return repr((path.parts[len(Path(o.results_dir).parts):], matrices(o.topology, topology)))
+
+
+def run_agents(o: Namespace, argv: Sequence[str]) -> Path:
+    """--processes: start every agent as a process of its own, and put together what they leave."""
+    made_with = settle_options(o, [0])[1]
+    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    path = run_folder(vars(o), options_that_matter(o, made_with))
+    exchange = o.exchange or f"folder:{path / 'exchange'}"
+    name = name_for_others(o, path, topology)
+    agents = range(o.num_models)
+    with claim(path):
+        if o.overwrite:
+            clear(path)
+        if not any((path / f"agent_{i}").exists() for i in agents):  # then it is of a run that was deleted
+            forget(Path(exchange.removeprefix("folder:")), name)
+        processes = [start(Path(__file__), [*argv, "--processes=0", f"--agent={i}", f"--exchange={exchange}",
+                                            "--overwrite=False"],
+                           {"OMP_NUM_THREADS": str(threads_each(o.num_models)), "TQDM_DISABLE": "1"}) for i in agents]
+        try:
+            codes = wait_for_all(processes, lambda i, code: print(
+                f"warning: agent {i} ended with status {code}; the others go on", flush=True))
+        finally:
+            end(processes, 10)
+        if failed := [i for i, code in enumerate(codes) if code]:
+            raise ValueError(f"of {o.num_models} agents {failed} did not finish: the same command brings them back; "
+                             f"what there is lies in {path}")
+        collect(path)
+        forget(Path(exchange.removeprefix("folder:")), name)
+    return path
+
+
+def number_of_workers(o: Namespace) -> int:
+    """How many processes of this machine to deal the agents out to."""
+    if is_launched() or o.agent is not None or o.processes:
+        return 1
+    on_cpu = o.device == "cpu" or (o.device == "auto" and pick_device("auto").type == "cpu")
+    return min(o.workers or (torch.get_num_threads() if o.training and on_cpu else 1), o.num_models)
+
+
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
+    follow_parent()
+    argv = sys.argv[1:] if argv is None else argv
     o = parse_once(make_parser(), argv)
-    command = shlex.join(sys.argv if argv is None else ["main.py", *argv])
+    command = shlex.join(["main.py", *argv])
 
-    def work() -> Path:
+    def run_here() -> Path:
+        settle_processes(o)
+        if o.processes:
+            return run_agents(o, argv)
         device = pick_device(local_device(o.device))
+        if o.agent is not None:
+            folder = Path(o.exchange.removeprefix("folder:"))
+            return run(o, SharedFolder(o.agent, folder, o.timeout, o.staleness), device, command)
         with connect(o.num_models, device, o.backend, o.timeout) as network:
             return run(o, network, device, command)
 
-    code = run_script(work, "results", "give the same command with --resume (without --overwrite)", rank())
+    def work() -> int:
+        again = "give the same command with --resume (without --overwrite)"
+        return run_script(run_here, "results", again if o.agent is None else "give the same command",
+                          rank() if o.agent is None else int(is_sibling()))
+
+    workers = number_of_workers(o)
+    code = work() if workers == 1 else with_workers(workers, Path(__file__), argv, work)
     if code:
         leave(code)
     return code

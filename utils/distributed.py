@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -84,6 +85,10 @@ class Network:
         be written to.
         """
         raise NotImplementedError
+
+    def meet(self, run: str, neighbours: Collection[int], fresh: bool) -> AbstractContextManager:
+        """Take the agents' place in the run that `run` describes, where that is not a matter of who was started."""
+        return contextlib.nullcontext()
 
     def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
         """The iteration to go on with instead of this one: another only where the others have gone on without it."""
@@ -354,6 +359,8 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
             raise ValueError("--backend nccl is for launched processes: there is one here, which needs none")
         yield OneProcess(num_agents)
         return
+    if not timeout:
+        raise ValueError("--timeout 0: a group of processes has to wait for one another")
     limit = timedelta(seconds=timeout)
     world = int(os.environ["WORLD_SIZE"])
     if world != num_agents and (one_each or world > num_agents):
@@ -405,6 +412,8 @@ def _meeting_file() -> Path | None:
     `torch.distributed.launch --master_port 0` tells its workers port 0, on which nobody can meet. They are children of
     one launcher then: a file that is named after it serves, as no other group of workers has the same.
     """
+    if meeting := os.environ.get("DIMAT_MEETING"):  # of our own workers
+        return Path(meeting)
     if os.environ.get("MASTER_PORT") != "0":
         return None
     if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:

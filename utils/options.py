@@ -32,6 +32,13 @@ def boolean(text: str) -> bool:
     return word in TRUE
 
 
+def exchange(text: str) -> str:
+    """folder:PATH"""
+    if not text.startswith("folder:") or text == "folder:":
+        raise argparse.ArgumentTypeError(f"'{text}' is no place to exchange models: give folder:PATH")
+    return text
+
+
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
     """An argparse type: a number of `kind` with low <= x <= high (low < x if `strict`)."""
 
@@ -195,10 +202,24 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
     g = p.add_argument_group("processes")
+    g.add_argument("--workers", type=number(int, 1), default=None, metavar="N",
+                   help="deal the agents out to N processes, which share this machine's cores (default: on a CPU one "
+                        "for each core, at most one for each agent; else 1)")
+    g.add_argument("--processes", type=number(int, 0), default=None, metavar="N",
+                   help="start each of the N agents as a process of its own, as with --agent, on this machine")
+    g.add_argument("--agent", type=number(int, 0), default=None, metavar="I",
+                   help="be agent I alone: others may be started anywhere, stop, and come back by the same command")
+    g.add_argument("--exchange", type=exchange, default=None, metavar="folder:PATH",
+                   help="where agents on their own leave their models for their neighbours: a folder that all of them "
+                        "see (default with --processes: in the run folder)")
+    g.add_argument("--staleness", type=number(int, 0), default=0, metavar="K",
+                   help="agents on their own: use the last model of a neighbour that isn't there, if it is at most K "
+                        "iterations old")
     g.add_argument("--wire", choices=wires, default=wires[0],
                    help="how models travel: as they are, or their kernels and matrices in fewer bits")
     group_options(g, backends, 1800.0, "how long to wait for a neighbour, whose local epochs may take so much longer; "
-                  "then a group of processes gives up, and an agent on its own merges with those who are there")
+                  "then a group of processes gives up, and an agent on its own merges with those who are there",
+                  strict=False)
     g = p.add_argument_group("simulated faults")
     g.add_argument("--link_failure", type=number(float, 0, 1), default=0.0, metavar="P",
                    help="chance that an edge carries nothing in an iteration")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, write_atomically
-from utils.results import FREE
+from utils.results import FREE, is_part
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
@@ -164,7 +164,8 @@ def read_run(folder: Path) -> Run:
     rows = read_metrics(folder)
     for number, row in enumerate(rows, start=2):
         try:
-            figures = [float(row[key]) for key in ("test_accuracy", "consensus_distance", "bytes_sent")]
+            # Agents on their own know of no consensus.
+            figures = [float(row[key] or 0) for key in ("test_accuracy", "consensus_distance", "bytes_sent")]
             sound = all(map(math.isfinite, figures)) and int(row["iteration"]) >= 0 and row["phase"] in PHASES
             sound = sound and 0 <= int(row["agent"]) < config["num_models"]
         except (KeyError, TypeError, ValueError):
@@ -190,7 +191,7 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]
             raise FileNotFoundError(f"{path} does not exist: give a results folder")
         path = path.parent if path.is_file() else path
         for root, below, files in os.walk(path, onerror=unreadable):
-            below.sort()
+            below[:] = sorted(name for name in below if not is_part(Path(name)))
             if "metrics.csv" in files:
                 folders.setdefault(Path(root).resolve(), Path(root))
     runs = []

@@ -22,7 +22,7 @@ from utils.checkpoint import INHERITED
 from utils.files import REFERENCE, SHORT, load_yaml, save_text
 from utils.options import parser
 from utils.plots import accuracy_curve, read_metrics
-from utils.results import FREE
+from utils.results import FREE, is_part
 
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
 IGNORED = FREE - {"imgntdir"} | {"seed", "initial_models", "memory_layout"}
@@ -108,7 +108,8 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
     for path in paths:
         if not Path(path).is_dir():
             raise ValueError(f"{path} is not a folder: give one that holds run folders")
-    configs = sorted(config for path in paths for config in Path(path).rglob("config.yaml"))
+    configs = sorted(config for path in paths for config in Path(path).rglob("config.yaml")
+                     if not is_part(config.parent))
     folders = {file.parent.resolve(): file.parent for file in configs if file.with_name("metrics.csv").exists()}
     runs, notes = [], []
     for folder in folders.values():

@@ -46,6 +46,11 @@ def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dic
         f"seed_{o['seed']}")
 
 
+def is_part(folder: Path) -> bool:
+    """Whether a folder is an agent's part of a run whose agents live on their own."""
+    return re.fullmatch(r"agent_\d+", folder.name) is not None
+
+
 class RunFolder:
     """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
 
@@ -75,8 +80,8 @@ class RunFolder:
         if start and not self._state_file(start):
             raise ValueError(f"--merg_itr_init {start}: {path} has no state after iteration {start}; "
                              f"there is {self._kept() or 'none'} (--keep all keeps every one)")
-        begun = (path / "metrics.csv").exists()
-        if begun and not (resume or start) and self.finished < config["merg_itr"]:
+        self.begun = (path / "metrics.csv").exists()
+        if self.begun and not (resume or start) and self.finished < config["merg_itr"]:
             kind = "a shorter" if old.get("merg_itr") == self.finished else "an interrupted"
             raise ValueError(f"{path} holds {kind} run ({self.finished} of {config['merg_itr']} iterations are done): "
                              "give --resume to continue it, or --overwrite to delete it")

@@ -1,0 +1,76 @@
+"""Agents on their own write a folder each; this puts them together as one run's. `python -m utils.collect RUN_FOLDER`
+
+`main.py --processes` does so itself. Columns that nobody knew (consensus distance, accuracy of the average model) stay
+empty, as do the rows of iterations that an agent was away for.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+from utils.checkpoint import digest_of_all
+from utils.files import load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.options import parser
+from utils.results import FREE, is_part
+from utils.scripts import run_script
+
+PHASES = ("initial", "merged", "trained")  # in the order in which an iteration writes them
+
+
+def collect(path: Path) -> Path:
+    """Write what is in `path`/agent_<i> into `path` as a run of all of them, over what was there.
+
+    Raises ValueError where an agent has no figures yet, or was run with other options than the rest.
+    """
+    parts = {int(part.name.removeprefix("agent_")): part for part in path.glob("agent_*") if is_part(part)}
+    if not parts:
+        raise ValueError(f"{path} has no folder of an agent (agent_0, ...): give the run folder that holds them")
+    parts = dict(sorted(parts.items()))
+    configs = {i: load_yaml(part / "config.yaml") for i, part in parts.items()}
+    first = configs[next(iter(parts))]
+    for i, config in configs.items():
+        for key in (config.keys() | first.keys()) - FREE - {"agent", "initial_models"}:
+            if config.get(key) != first.get(key):
+                raise ValueError(f"{parts[i]} was run with {key}={config.get(key)}, another agent with "
+                                 f"{first.get(key)}: they are not of one run")
+    _join_tables(path, parts, "metrics.csv", lambda row: (int(row["iteration"]), PHASES.index(row["phase"]),
+                                                          int(row["agent"])))
+    _join_tables(path, parts, "merge_stats.csv", lambda row: (int(row["iteration"]), int(row["agent"])))
+    for name in {file.name for part in parts.values() for file in part.glob("accuracy_matrix/*.csv")}:
+        _join_tables(path, parts, f"accuracy_matrix/{name}", lambda row: int(row["agent"]))
+    for part in parts.values():
+        for model in part.glob("*/model_*.pth"):
+            save_tensors(path / model.relative_to(part), load_tensors(model))
+    digests = {i: config["initial_models"] for i, config in configs.items()}
+    save_yaml(path / "config.yaml", first | {"agent": None, "initial_models": digest_of_all(digests)})
+    return path
+
+
+def _join_tables(path: Path, parts: dict[int, Path], name: str, order) -> None:
+    """The rows of all parts' CSV files of this name, if they have one, in `order`."""
+    rows = [row for part in parts.values() if (part / name).exists()
+            for row in csv.DictReader((part / name).open(newline=""))]
+    if not rows:
+        if name == "metrics.csv":
+            raise ValueError(f"{path}: the agents have no figures yet")
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=order))
+    save_text(path / name, text.getvalue())
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser("utils.collect", "Put the folders of agents that ran on their own together as one run.",
+               "python -m utils.collect results/digits/.../seed_0")
+    p.add_argument("run_folder", type=Path, help="the folder that holds agent_0, agent_1, ...")
+    o = p.parse_args(argv)
+    return run_script(lambda: collect(o.run_folder), "results", "give the same command again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Agents on their own: each a process somewhere, that leaves its models in a folder all of them see.
+
+An agent speaks once in an iteration: it publishes its model, takes its neighbours' and goes on. So nothing is needed
+but files, and whoever stops stops nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.checkpoint import State
+from utils.distributed import Network, taken
+from utils.files import claim, load_tensors, save_tensors
+from utils.progress import say
+from utils.wire import pack, through, unpack, wire_bytes
+
+PATIENCE = 10.0  # seconds after which it is said what is waited for
+PAUSE = 1.0  # the longest one between two looks, in seconds
+
+
+class SharedFolder(Network):
+    """One agent, whose network is `folder/<run>/agent_<i>/iteration_<k>.pt`.
+
+    timeout: seconds to wait for the neighbours' models of an iteration; who hasn't published by then is left out, or
+    with `staleness` stood in for by its last model if that is at most so many iterations old. Who was left out isn't
+    waited for again until it publishes something.
+    """
+
+    def __init__(self, agent: int, folder: Path, timeout: float, staleness: int) -> None:
+        self.agents = self.recorded = (agent,)
+        self.agent, self.folder, self.timeout, self.staleness = agent, folder, timeout, staleness
+        self.silent: dict[int, int] = {}  # agent -> its last iteration when it was waited for in vain
+        self.warned: set[tuple[Path, int]] = set()
+        super().__init__()
+
+    def meet(self, run: str, neighbours: Collection[int], fresh: bool) -> AbstractContextManager:
+        """Take the agent's place in the run that `run` describes, until the context ends. fresh: it begins.
+
+        Raises ValueError where another process has that place, or the folder can't be written to.
+        """
+        self.run, self.neighbours = run_name(run), neighbours
+        lock = claim(self._home(self.agent))
+        if fresh:
+            for file in self._published(self.agent).values():
+                file.unlink()
+        return lock
+
+    def _home(self, agent: int) -> Path:
+        return self.folder / self.run / f"agent_{agent}"
+
+    def _published(self, agent: int) -> dict[int, Path]:
+        """Iteration -> file."""
+        found = ((re.fullmatch(r"iteration_(\d+)\.pt", file.name), file) for file in self._home(agent).glob("*.pt"))
+        return {int(name[1]): file for name, file in found if name}
+
+    def _newest(self, agent: int) -> int:
+        return max(self._published(agent), default=0)
+
+    def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
+        """The first iteration from this one on that nobody has finished without the model he would have taken of us."""
+        begin, published = iteration, self._newest(self.agent)
+        for j in self.neighbours:
+            for t in range(max(begin, published + 1), self._newest(j)):  # it publishes after it has merged
+                if weights(t)[j, self.agent]:
+                    begin = t + 1
+        if begin > iteration:
+            say(f"agent {self.agent}: the others have merged without it: it goes on with iteration {begin} instead of "
+                f"{iteration}")
+        return begin
+
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
+              like: State) -> dict[int, State]:
+        takes, size = taken(mixing), wire_bytes(like, wire)
+        state = models.get(self.agent)
+        if takes[:, self.agent].any():
+            self._publish(iteration, pack(state, wire))
+            self.sent[self.agent] += size * int(takes[:, self.agent].sum())
+        found: dict[int, State] = {} if state is None else {self.agent: through(state, wire)}
+        self.old = {}
+        began, pause, said = time.monotonic(), 0.01, False
+        missing = np.flatnonzero(takes[self.agent]).tolist()
+        while True:
+            for j in list(missing):
+                # What the others publish after this iteration is as good, if its own model is gone by now.
+                if self._take(j, sorted(k for k in self._published(j) if k >= iteration), iteration, wire, like, found):
+                    missing.remove(j)
+            awaited = [j for j in missing if self.silent.get(j) != self._newest(j)]
+            waited = time.monotonic() - began
+            if not awaited or waited >= self.timeout:
+                break
+            if waited > PATIENCE and not said:
+                said = True
+                say(f"agent {self.agent}, iteration {iteration}: waiting for {_names(awaited)}, {self.timeout:g} s at "
+                    "most (--timeout)")
+            time.sleep(min(pause, self.timeout - waited))
+            pause = min(PAUSE, 1.3 * pause)
+        for j in missing:
+            oldest = iteration - self.staleness
+            recent = sorted((k for k in self._published(j) if oldest <= k < iteration), reverse=True)
+            replaced = self._take(j, recent, iteration, wire, like, found)
+            if self.silent.get(j) != self._newest(j):
+                instead = f"its model of iteration {self.old[j]} stands in" if replaced else "merging without it"
+                say(f"warning: agent {self.agent}, iteration {iteration}: no model of agent {j} within --timeout "
+                    f"{self.timeout:g} s: {instead}")
+            self.silent[j] = self._newest(j)
+        self.received[self.agent] += size * len(found.keys() - {self.agent})
+        return found
+
+    def _publish(self, iteration: int, vector: Tensor) -> None:
+        vector = vector.cpu()
+        save_tensors(self._home(self.agent) / f"iteration_{iteration:06d}.pt", {
+            "run": self.run, "agent": self.agent, "iteration": iteration, "sha256": _checksum(vector), "model": vector})
+        for k, file in self._published(self.agent).items():
+            if k < iteration - self.staleness - 1:
+                file.unlink(missing_ok=True)
+
+    def _take(self, agent: int, candidates: list[int], iteration: int, wire: str, like: State,
+              found: dict[int, State]) -> bool:
+        """The first of an agent's models, of these iterations, that is sound; into `found`. Whether there is one."""
+        for k in candidates:
+            state = self._read(agent, k, wire, like)
+            if state is not None:
+                found[agent] = state
+                if k != iteration:
+                    self.old[agent] = k
+                self.silent.pop(agent, None)
+                return True
+        return False
+
+    def _read(self, agent: int, iteration: int, wire: str, like: State) -> State | None:
+        """None, with a warning, for anything that isn't what this agent published whole for this iteration."""
+        file, version = self._published(agent).get(iteration), 0
+        if file is None:
+            return None
+        try:
+            version = file.stat().st_mtime_ns
+            content = load_tensors(file)
+            expected = {"run": self.run, "agent": agent, "iteration": iteration}
+            for key, value in expected.items():
+                if content[key] != value:
+                    raise ValueError(f"its {key} is {content[key]!r}, not {value!r}")
+            if _checksum(content["model"]) != content["sha256"]:
+                raise ValueError("its checksum is wrong")
+            device = next(iter(like.values())).device
+            state = unpack(content["model"].to(device), like, wire)
+            if not all(bool(t.isfinite().all()) for t in state.values()):
+                raise ValueError("it has NaN or infinite values")
+            return state
+        except FileNotFoundError:
+            return None  # its owner has moved on
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            if (file, version) not in self.warned:
+                self.warned.add((file, version))
+                say(f"warning: agent {self.agent} ignores {file}: {reason}")
+            return None
+
+
+def run_name(run: str) -> str:
+    """The folder of the run that `run` describes: runs that differ in anything don't meet."""
+    return hashlib.sha256(run.encode()).hexdigest()[:12]
+
+
+def clear(folder: Path, run: str) -> None:
+    """Delete everything of a run, and the folder itself if there is no other."""
+    shutil.rmtree(folder / run_name(run), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _checksum(vector: Tensor) -> str:
+    return hashlib.sha256(vector.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _names(agents: list[int]) -> str:
+    return f"agent{'s' * (len(agents) > 1)} {', '.join(map(str, agents))}"

@@ -1,0 +1,121 @@
+"""Further processes of this very command on this machine: the workers of one run, or agents that live on their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from utils.distributed import leave
+
+PARENT = "DIMAT_PARENT"  # in a sibling's environment: the process that started it
+
+
+def start(script: Path, argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+    """`python script argv` with these variables besides ours; it ends when this process does."""
+    return subprocess.Popen([sys.executable, str(script), *argv],
+                            env=os.environ | environment | {PARENT: str(os.getpid())})
+
+
+def is_sibling() -> bool:
+    """Whether another process of this command has started this one."""
+    return PARENT in os.environ
+
+
+def follow_parent() -> None:
+    """From now on, end this process when the one that started it as a sibling is gone, however that ended."""
+    parent = os.environ.get(PARENT)
+    if parent:
+        def watch() -> None:
+            while os.getppid() == int(parent):
+                time.sleep(0.5)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def end(processes: Sequence[subprocess.Popen], patience: float) -> None:
+    """Wait so many seconds for them to end by themselves, then end them."""
+    until = time.monotonic() + patience
+    for ask in (lambda process: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+        for process in processes:
+            if process.poll() is None:
+                ask(process)
+        for process in processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                continue
+        until = time.monotonic() + 3
+
+
+def wait_for_all(processes: Sequence[subprocess.Popen], say: Callable[[int, int], None]) -> list[int]:
+    """Their exit statuses; `say(number, status)` as soon as one has failed."""
+    said: set[int] = set()
+    while any(process.poll() is None for process in processes):
+        for k, process in enumerate(processes):
+            if process.poll() and k not in said:
+                said.add(k)
+                say(k, process.returncode)
+        time.sleep(0.2)
+    return [process.returncode for process in processes]
+
+
+def threads_each(count: int) -> int:
+    """An even share of this process's threads."""
+    return max(1, torch.get_num_threads() // count)
+
+
+def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[], int]) -> int:
+    """`work()`, a script's, as the first of `count` launched processes; the others are started from its command line.
+
+    Returns its exit status if that is 0; else, or when another one fails and `work` doesn't notice, all of them end.
+    """
+    before, threads, home = dict(os.environ), torch.get_num_threads(), tempfile.mkdtemp(prefix="dimat-")
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "DIMAT_MEETING": f"{home}/meeting",
+             "OMP_NUM_THREADS": str(threads_each(count))}
+    others: list[subprocess.Popen] = []
+    done = threading.Event()
+
+    def stop(code: int) -> None:
+        end(others, 0)
+        shutil.rmtree(home, ignore_errors=True)
+        leave(code)
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            codes = [process.poll() for process in others]
+            # One that is gone breaks a connection, which `work` notices, unless there is none yet.
+            if any(codes) and not done.wait(10):
+                rank = next(r for r, code in enumerate(codes, start=1) if code)
+                print(f"error: worker {rank} of {count} ended with status {codes[rank - 1]}", file=sys.stderr,
+                      flush=True)
+                stop(2)
+
+    try:
+        os.environ.update(group, RANK="0", LOCAL_RANK="0")
+        others += [start(script, argv, {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(1, count)]
+        torch.set_num_threads(threads_each(count))
+        threading.Thread(target=watch, daemon=True).start()
+        code = work()
+        done.set()
+        if code:
+            stop(code)
+        end(others, 30)
+    finally:
+        done.set()
+        end(others, 0)
+        shutil.rmtree(home, ignore_errors=True)
+        torch.set_num_threads(threads)
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
+    return code
