@@ -5,10 +5,14 @@ import csv
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,10 +45,42 @@ def script(name: str, *arguments: str, cwd: Path, check: bool = True) -> Result:
     return result
 
 
-def process(name: str, *arguments: str, cwd: Path) -> subprocess.Popen:
+def process(name: str, *arguments: str, cwd: Path, stdout: Any = subprocess.PIPE, **how: Any) -> subprocess.Popen:
     """A real process, for those who want to kill it; one thread, its lines on a pipe."""
-    return subprocess.Popen([sys.executable, "-m", name, *arguments], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, "-m", name, *arguments], cwd=cwd, text=True, stdout=stdout,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **how)
+
+
+@contextlib.contextmanager
+def launched(*launcher: str, program: str, arguments: Sequence[str], home: Path) -> Iterator[subprocess.Popen]:
+    """`python -m <launcher> program <arguments>`, killed with all its children at the end; output in home/log."""
+    with open(home / "log", "a") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-m", *launcher, str(ROOT / program), *arguments], cwd=home, stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(home), "OMP_NUM_THREADS": "1"},
+            start_new_session=True)
+    try:
+        yield running
+    finally:
+        # Workers are in sessions of their own, and a stopped one hears of no other signal.
+        for pid in (*children(running.pid), running.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        running.wait()
+
+
+def wait_for(text: str, log: Path, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while text not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+def children(process: int) -> list[int]:
+    """A process's children as they were started: a launcher's, in order of their rank."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    return sorted(map(int, listed.read_text().split())) if listed.exists() else []
 
 
 def rows_of(folder: Path) -> list[dict]:

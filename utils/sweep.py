@@ -152,6 +152,9 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     common = {key.replace("random_seed", "seed"): value for key, value in common.items()}
     starts: list[tuple[dict, Job | None, Path | None]] = []
     if "train" in content:
+        if not isinstance(content["train"] or {}, Mapping):
+            raise ValueError("train is one grid of pre-trainings (options: lists), from all of which the runs start; "
+                             "for several, write several files")
         trainings = list(grid(common | (content["train"] or {})))
         for options in trainings:
             title = ",".join(f"{k}={options[k]}" for k in varying(trainings)) or "training"

@@ -1,14 +1,11 @@
 """base_lines.py as a user runs it: in one process and under the launchers, killed, stalled and wrong."""
 
-import contextlib
 import csv
 import itertools
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ import torch
 
 from base_lines import batch_stream, make_parser, steps_of_an_epoch
 from data.datasets import load_dataset
-from tests.helpers import ROOT, TINY, equal_runs, rows_of, script
+from tests.helpers import TINY, children, equal_runs, launched, process, rows_of, script, wait_for
 from utils.topology import Topology, push_weights
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
@@ -28,41 +25,10 @@ def folder_of(printed: str, home: Path) -> Path:
     return home / next(line for line in printed.splitlines() if line.startswith("results: ")).removeprefix("results: ")
 
 
-@contextlib.contextmanager
-def launched(*launcher: str, arguments: list[str], home: Path):
-    """`python -m <launcher> base_lines.py <arguments>`, killed with all its children at the end; output in home/log."""
-    with open(home / "log", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *launcher, str(ROOT / "base_lines.py"), *arguments], cwd=home, stdout=log,
-            stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(home), "OMP_NUM_THREADS": "1"},
-            start_new_session=True)
-    try:
-        yield process
-    finally:
-        # Workers are in sessions of their own, and a stopped one hears of no other signal.
-        for pid in (*workers(process.pid), process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
 def finished(*launcher: str, arguments: list[str], home: Path) -> tuple[int, str]:
-    with launched(*launcher, arguments=arguments, home=home) as process:
-        code = process.wait(timeout=120)
+    with launched(*launcher, program="base_lines.py", arguments=arguments, home=home) as running:
+        code = running.wait(timeout=120)
     return code, (home / "log").read_text()
-
-
-def wait_for(text: str, log: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while text not in (log.read_text() if log.exists() else ""):
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
-
-
-def workers(launcher: int) -> list[int]:
-    """The launcher's children in order of their rank: it starts one after the other."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children")
-    return sorted(map(int, children.read_text().split())) if children.exists() else []
 
 
 torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=3")
@@ -108,9 +74,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path
 def test_a_killed_run_resumes_to_an_equal_one(tmp_path, opt):
     (tmp_path / "killed").mkdir()
     expected = folder_of(script("base_lines", *RUN, f"--opt={opt}", cwd=tmp_path).stdout, tmp_path)
-    command = [sys.executable, "-m", "base_lines", *RUN, f"--opt={opt}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stdout=subprocess.PIPE, text=True) as run:
+    with process("base_lines", *RUN, f"--opt={opt}", cwd=tmp_path / "killed") as run:
         for line in run.stdout:
             if line.startswith("iteration   2"):
                 run.kill()
@@ -203,8 +167,8 @@ def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
     node = ("torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=test",
             f"--rdzv_endpoint=127.0.0.1:{port}")
     arguments = [*flags, "--results_dir=two"]
-    with launched(*node, arguments=arguments, home=tmp_path) as one, launched(
-            *node, arguments=arguments, home=tmp_path) as other:
+    with launched(*node, program="base_lines.py", arguments=arguments, home=tmp_path) as one, launched(
+            *node, program="base_lines.py", arguments=arguments, home=tmp_path) as other:
         assert one.wait(timeout=120) == other.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     equal_runs(expected, folder_of((tmp_path / "log").read_text(), tmp_path))
 
@@ -212,9 +176,10 @@ def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterrupted, tmp_path):
-    with launched(*torchrun, "--max-restarts=1", arguments=[*RUN, "--opt=CDMSGD"], home=tmp_path) as launcher:
+    with launched(*torchrun, "--max-restarts=1", program="base_lines.py", arguments=[*RUN, "--opt=CDMSGD"],
+                  home=tmp_path) as launcher:
         wait_for("iteration   1", tmp_path / "log")
-        os.kill(workers(launcher.pid)[2], signal.SIGKILL)
+        os.kill(children(launcher.pid)[2], signal.SIGKILL)
         assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert "continuing after epoch" in log
@@ -225,9 +190,9 @@ def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterru
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 def test_nobody_waits_for_ever_for_a_stalled_agent(tmp_path):
     arguments = [*START, "--epochs=500", "--timeout=3"]
-    with launched(*torchrun, arguments=arguments, home=tmp_path) as launcher:
+    with launched(*torchrun, program="base_lines.py", arguments=arguments, home=tmp_path) as launcher:
         wait_for("iteration   1", tmp_path / "log")
-        os.kill(workers(launcher.pid)[2], signal.SIGSTOP)
+        os.kill(children(launcher.pid)[2], signal.SIGSTOP)
         wait_for("has stalled", tmp_path / "log", seconds=20)
     log = (tmp_path / "log").read_text()
     assert "s for agent 2's message: nothing within --timeout 3 s" in log

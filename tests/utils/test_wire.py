@@ -138,6 +138,9 @@ def test_a_half_is_off_by_half_its_last_digit_and_saturates(wire, eps, step, top
 def test_int8_is_off_by_half_a_scale(state):
     for key, value in through(state, "int8").items():
         x, y = state[key].double().flatten(1), value.double().flatten(1)
+        if wire_bytes({key: value}, "int8") == value.nbytes:  # travels as it is
+            assert torch.equal(x, y)
+            continue
         top = torch.finfo(torch.float32).max / 128 * 127  # 127 of the largest scale
         x = x.clamp(-top, top)
         scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(TINY)

@@ -1,0 +1,286 @@
+"""main.py over several processes: launched, as workers, and as agents on their own that die and come back."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import TINY, children, equal_runs, launched, process, rows_of, script, wait_for
+from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
+from utils.wire import wire_bytes
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+torchrun = ("torch.distributed.run", "--standalone")
+RUN = [*TINY, "--num_models=3", "--randominit", "--diffinit", "--exp=2", "--opt=WA", "--merg_itr=4", "--training",
+       "--epochs=1", "--batch_size=20", "--test_samples=100"]
+
+
+def folder_of(printed: str, home: Path) -> Path:
+    return home / re.findall("^results: (.*)$", printed, re.M)[-1]
+
+
+def run_below(folder: Path) -> Path:
+    found, = (file.parent for file in folder.rglob("metrics.csv") if not file.parent.name.startswith("agent_"))
+    return found
+
+
+# A launched group
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoints, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_process")
+    for case in CASES:
+        script("main", *arguments(checkpoints, folder, case), cwd=folder)
+    return folder
+
+
+def in_group(processes: int, checkpoints: Path, home: Path, *extra: str) -> list[dict]:
+    """What each of the processes says it did."""
+    with launched(*torchrun, f"--nproc_per_node={processes}", program="tests/scripts/merge_worker.py",
+                  arguments=[str(checkpoints), str(home), *extra], home=home) as running:
+        assert running.wait(timeout=300) == 0, (home / "log").read_text()
+    return [torch.load(home / f"process_{r}.pt", weights_only=False) for r in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_group_gives_one_processs_figures_and_sends_no_more_than_it_must(one_process, checkpoints, tmp_path,
+                                                                            processes):
+    parts = in_group(processes, checkpoints, tmp_path)
+    home = {i: r for r, part in enumerate(parts) for i in part["agents"]}
+    assert sorted(home) == list(range(AGENTS)) and max(map(len, (part["agents"] for part in parts))) == 4 // processes
+    for case in CASES:
+        one, many = (run_below(results_dir(folder, case)) for folder in (one_process, tmp_path))
+        equal_runs(one, many)
+        # An agent's model goes once to each process that has a neighbour of it: no more crosses, and to nobody else.
+        model = torch.load(many / "merged/model_0.pth", weights_only=True)
+        size = wire_bytes(model, next((flag[7:] for flag in CASES[case] if flag.startswith("--wire=")), "fp32"))
+        expected = {r: {} for r in range(processes)}
+        for row in rows_of(many):
+            if row["phase"] == "merged":
+                sources = list(map(int, row["merged_with"].split()))
+                assert int(row["bytes_received"]) == size * len(sources)
+                for j in sources:
+                    key = (row["iteration"], j, home[int(row["agent"])])
+                    expected[home[j]][key] = size
+        for r, part in enumerate(parts):
+            cross = [bytes_ for (_, _, to), bytes_ in expected[r].items() if to != r]
+            assert sum(v for (_, what), v in part["sent"][case].items() if what == "bytes") == sum(cross)
+            assert sum(v for (_, what), v in part["sent"][case].items() if what == "messages") == len(cross)
+
+
+@pytest.mark.slow
+def test_local_matching_reads_no_image_of_another_process(one_process, checkpoints, tmp_path):
+    in_group(2, checkpoints, tmp_path, "poison")
+    of = {case: [run_below(results_dir(folder, case)) for folder in (one_process, tmp_path)]
+          for case in ("DIMAT ring local", "DIMAT ring all")}
+    equal_runs(*of["DIMAT ring local"])
+    one, poisoned = (rows_of(run) for run in of["DIMAT ring all"])  # which does read them
+    assert one != poisoned
+
+
+def test_bytes_are_degree_times_model(one_process):
+    for case, degrees in {"DIMAT ring all": [2, 2, 2, 2], "WA star all": [3, 1, 1, 1], "alone": [0] * 4}.items():
+        run = run_below(results_dir(one_process, case))
+        size = sum(t.numel() * t.element_size()
+                   for t in torch.load(run / "merged/model_0.pth", weights_only=True).values())
+        merged = [row for row in rows_of(run) if row["phase"] == "merged"]
+        for key in ("bytes_sent", "bytes_received"):
+            assert [int(row[key]) for row in merged] == 2 * [degree * size for degree in degrees]
+
+
+def test_who_took_part_is_written_down(one_process):
+    rows = rows_of(run_below(results_dir(one_process, "WA faults all")))
+    assert {row["took_part"] for row in rows if row["phase"] == "initial"} == {"1"}
+    absent = [row for row in rows if row["took_part"] == "0"]
+    assert absent and len(absent) < len(rows) / 2
+    for row in absent:
+        assert row["merged_with"] == "" and row["train_loss"] == "" and row["bytes_sent"] == "0"
+        before = max(k for k, other in enumerate(rows) if other["agent"] == row["agent"] and k < rows.index(row))
+        assert rows[before]["test_loss"] == row["test_loss"]  # it keeps its model
+    for a in rows:  # a link that fails does so for both
+        for b in rows:
+            if (a["iteration"], a["phase"]) == (b["iteration"], b["phase"]):
+                assert (a["agent"] in b["merged_with"].split()) == (b["agent"] in a["merged_with"].split())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("uninterrupted")
+    return folder_of(script("main", *RUN, cwd=home).stdout, home)
+
+
+@linux
+@pytest.mark.slow
+def test_a_restarted_group_resumes_by_itself(uninterrupted, tmp_path):
+    with launched(*torchrun, "--nproc_per_node=2", "--max-restarts=1", program="main.py", arguments=RUN,
+                  home=tmp_path) as launcher:
+        wait_for("iteration   2 merged", tmp_path / "log")
+        os.kill(children(launcher.pid)[1], signal.SIGKILL)
+        assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    done = int(re.search(r"continuing after iteration (\d)", log).group(1))
+    assert done in (1, 2), log  # the last that was finished
+    equal_runs(uninterrupted, folder_of(log, tmp_path))
+
+
+@linux
+@pytest.mark.slow
+def test_nobody_waits_longer_than_timeout_for_a_stalled_process(tmp_path):
+    with launched(*torchrun, "--nproc_per_node=2", program="main.py", arguments=[*RUN, "--merg_itr=500", "--timeout=3"],
+                  home=tmp_path) as launcher:
+        wait_for("iteration   1 trained", tmp_path / "log")
+        os.kill(children(launcher.pid)[1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        wait_for("has stalled", tmp_path / "log", seconds=20)
+    assert time.monotonic() - stopped < 10
+    assert re.search(r"agents 0, 1 waited 3\.\d s for .*nothing within --timeout 3 s", (tmp_path / "log").read_text())
+
+
+# Workers
+
+
+@pytest.mark.slow
+def test_workers_give_one_processs_figures(uninterrupted, tmp_path):
+    running = process("main", *RUN, "--workers=2", cwd=tmp_path)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 0
+    equal_runs(uninterrupted, folder_of(printed, tmp_path))
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "first"])
+def test_no_worker_is_left_behind(tmp_path, victim):
+    running = process("main", *RUN, "--merg_itr=500", "--workers=2", cwd=tmp_path, stderr=subprocess.PIPE)
+    while not running.stdout.readline().startswith("iteration   1 trained"):
+        pass
+    worker, = children(running.pid)
+    os.kill(worker if victim == "worker" else running.pid, signal.SIGKILL)
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == (2 if victim == "worker" else -signal.SIGKILL)
+    assert ("error: agents 0, 1 waited" in said) == (victim == "worker")
+    end = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# Agents on their own
+
+
+def same_but_for_what_nobody_knows(one: Path, collected: Path) -> None:
+    unknown = ("consensus_distance", "average_model_accuracy")
+    rows = [[{k: v for k, v in row.items() if k not in unknown} for row in rows_of(run)] for run in (one, collected)]
+    assert rows[0] == rows[1]
+    for file in (*one.glob("*/model_*.pth"), *one.glob("accuracy_matrix/*.csv")):
+        assert file.read_bytes() == (collected / file.relative_to(one)).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_with_nobody_failing_agents_on_their_own_give_one_processs_figures(uninterrupted, tmp_path):
+    running = process("main", *RUN, "--processes=3", "--timeout=60", cwd=tmp_path)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, printed
+    run = folder_of(printed, tmp_path)
+    same_but_for_what_nobody_knows(uninterrupted, run)
+    assert not (run / "exchange").exists()
+    again = process("main", *RUN, "--processes=3", "--timeout=60", cwd=tmp_path)
+    printed, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and printed.count("finished before: 4") == 3
+
+
+def agent(i: int, home: Path, *flags: str) -> subprocess.Popen:
+    with open(home / f"log_{i}", "a") as log:
+        return process("main", *RUN, f"--agent={i}", "--exchange=folder:meeting", *flags, cwd=home, stdout=log,
+                       stderr=subprocess.STDOUT)
+
+
+def wait_for_file(pattern: str, home: Path, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not list(home.glob(pattern)):
+        assert time.monotonic() < end, {log.name: log.read_text() for log in home.glob("log_*")}
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterrupted, tmp_path):
+    agents = {i: agent(i, tmp_path, "--timeout=90") for i in range(3)}
+    try:
+        for phase in ("training", "merge"):
+            if phase == "training":
+                wait_for("iteration   1 merged", tmp_path / "log_2")
+            else:  # a model is published before the merge
+                wait_for_file("meeting/*/agent_2/iteration_000003.pt", tmp_path)
+            agents[2].kill()
+            agents[2].wait()
+            agents[2] = agent(2, tmp_path, "--timeout=90")
+        assert [running.wait(timeout=120) for running in agents.values()] == [0, 0, 0]
+    finally:
+        for running in agents.values():
+            running.kill()
+            running.wait()
+    run = next(tmp_path.glob("results/**/agent_0")).parent
+    script("utils.collect", str(run), cwd=tmp_path)
+    same_but_for_what_nobody_knows(uninterrupted, run)
+
+
+@pytest.mark.slow
+def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path):
+    agents = {i: agent(i, tmp_path, "--timeout=6", "--merg_itr=6") for i in range(3)}
+    try:
+        wait_for_file("meeting/*/agent_2/iteration_000002.pt", tmp_path)
+        agents[2].kill()
+        agents[2].wait()
+        assert [agents[i].wait(timeout=120) for i in (0, 1)] == [0, 0]
+        agents[2] = agent(2, tmp_path, "--timeout=6", "--merg_itr=6")
+        assert agents[2].wait(timeout=60) == 0
+    finally:
+        for running in agents.values():
+            running.kill()
+            running.wait()
+    log = (tmp_path / "log_0").read_text()
+    assert log.count("no model of agent 2 within --timeout 6 s: merging without it") == 1  # waited for once
+    assert "it goes on with iteration 6" in (tmp_path / "log_2").read_text()
+    run = next(tmp_path.glob("results/**/agent_0")).parent
+    merged = [{row["iteration"]: row["merged_with"] for row in rows_of(run / f"agent_{i}")
+               if row["phase"] == "merged"} for i in range(3)]
+    assert merged[0] | {"1": "", "2": ""} == {"1": "", "2": "", "3": "1", "4": "1", "5": "1", "6": "1"}
+    assert merged[0]["1"] == merged[0]["2"] == "1 2"
+    assert merged[2]["6"] == "0 1" and "5" not in merged[2]
+    script("utils.collect", str(run), cwd=tmp_path)
+    assert len(list(csv.DictReader((run / "accuracy_matrix/iteration_0006_merged.csv").open()))) == 3
+
+
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--agent=3", "--exchange=folder:x"], "0 to 2"), (["--agent=1"], "--exchange"), (["--processes=2"], "give 3"),
+    (["--staleness=2"], "--agent or --processes"), (["--agent=0", "--exchange=folder:x", "--workers=2"], "--workers"),
+    (["--agent=0", "--exchange=tcp:x"], "folder:PATH"), (["--exchange=folder:x"], "--agent or --processes"),
+    (["--topology=directed.json"], "don't sum to 1")])
+def test_contradictions_are_named_before_work(tmp_path, flags, word):
+    (tmp_path / "directed.json").write_text(
+        '{"directed": true, "connectivity": [[0, 0, 0], [1, 0, 0], [1, 1, 0]]}')
+    command = [flag for flag in RUN if not flag.startswith("--exp")]
+    result = script("main", *command, *flags, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and word in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_agent_without_its_model_is_told(checkpoints, tmp_path):
+    alone = tmp_path / "mine"
+    alone.mkdir()
+    (alone / "model_1.pth").write_bytes((checkpoints / "model_1.pth").read_bytes())
+    (alone / "config.yaml").write_bytes((checkpoints / "config.yaml").read_bytes())
+    flags = ["--dataset=digits", "--num_models=4", "--opt=WA", "--merg_itr=1", "--exp=2", f"--ckp={alone}",
+             "--exchange=folder:meeting", "--timeout=0"]
+    done = script("main", *flags, "--agent=1", cwd=tmp_path)  # its own model is enough
+    assert "merging without it" in done.stdout and "results: " in done.stdout
+    assert "1 finished models" in script("main", *flags, "--agent=2", cwd=tmp_path, check=False).stderr
