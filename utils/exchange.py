@@ -134,7 +134,6 @@ class SharedFolder(Network):
                 found[agent] = state
                 if k != iteration:
                     self.old[agent] = k
-                self.silent.pop(agent, None)
                 return True
         return False
 
@@ -145,26 +144,31 @@ class SharedFolder(Network):
             return None
         try:
             version = file.stat().st_mtime_ns
-            content = load_tensors(file)
-            expected = {"run": self.run, "agent": agent, "iteration": iteration}
-            for key, value in expected.items():
-                if content[key] != value:
-                    raise ValueError(f"its {key} is {content[key]!r}, not {value!r}")
-            if _checksum(content["model"]) != content["sha256"]:
-                raise ValueError("its checksum is wrong")
-            device = next(iter(like.values())).device
-            state = unpack(content["model"].to(device), like, wire)
+            vector = self._vector(load_tensors(file), agent, iteration)
+            state = unpack(vector.to(next(iter(like.values())).device), like, wire)
             if not all(bool(t.isfinite().all()) for t in state.values()):
                 raise ValueError("it has NaN or infinite values")
             return state
         except FileNotFoundError:
             return None  # its owner has moved on
-        except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        except (ValueError, OSError) as error:
             if (file, version) not in self.warned:
                 self.warned.add((file, version))
-                say(f"warning: agent {self.agent} ignores {file}: {reason}")
+                say(f"warning: agent {self.agent} ignores {file}: {error}")
             return None
+
+    def _vector(self, content: object, agent: int, iteration: int) -> Tensor:
+        """The bytes in what `_publish` wrote. ValueError for anything else."""
+        keys = {"run", "agent", "iteration", "sha256", "model"}
+        if not isinstance(content, dict) or content.keys() != keys:
+            raise ValueError("it is not what an agent publishes")
+        for key, value in {"run": self.run, "agent": agent, "iteration": iteration}.items():
+            if content[key] != value:
+                raise ValueError(f"its {key} is {content[key]!r}, not {value!r}")
+        vector = content["model"]
+        if not isinstance(vector, Tensor) or vector.dtype != torch.uint8 or _checksum(vector) != content["sha256"]:
+            raise ValueError("its checksum is wrong")
+        return vector
 
 
 def run_name(run: str) -> str:
@@ -180,7 +184,7 @@ def clear(folder: Path, run: str) -> None:
 
 
 def _checksum(vector: Tensor) -> str:
-    return hashlib.sha256(vector.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(vector.contiguous().numpy().data).hexdigest()
 
 
 def _names(agents: list[int]) -> str:
