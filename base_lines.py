@@ -158,7 +158,8 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
         able = ", ".join(name for name, other in BASELINES.items() if other.directed)
         raise ValueError(f"--topology {o.topology} has one-way edges, over which {o.opt} is not made to average: "
                          f"use {able}, or another topology")
-    if topology.directed and not (topology.is_connected and all(topology.pi.diagonal() > 0)):
+    every_step = topology.schedule or (topology.pi,)
+    if topology.directed and not (topology.is_connected and all((pi.diagonal() > 0).all() for pi in every_step)):
         raise ValueError(f"--topology {o.topology}: on one-way edges every agent must reach every other and keep a "
                          "share of its own (pi[i][i] > 0), or push-sum divides by nothing")
     return ckp, made_with, loaded, topology

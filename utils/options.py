@@ -148,8 +148,9 @@ def train_parser(datasets: Iterable[str], models: Iterable[str], partitions: Ite
 def topology_options(g, topologies: Iterable[str], exps: dict[int, str]) -> None:
     g.add_argument("--exp", type=int, choices=sorted(exps), default=None,
                    help="topology by number: " + ", ".join(f"{k} {v}" for k, v in exps.items()))
-    g.add_argument("--topology", default=None, metavar="NAME|FILE.json",
-                   help=f"{', '.join(topologies)} or a JSON file with connectivity and pi (default: fully_connected)")
+    g.add_argument("--topology", default=None, metavar="NAME|FILE.json|FOLDER",
+                   help=f"{', '.join(topologies)}, a JSON file with connectivity and pi, or a folder of such files "
+                        "that take turns (default: fully_connected)")
 
 
 def start_options(g) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, write_atomically
 from utils.results import FREE, is_part
+from utils.topology import short_name
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
@@ -125,7 +126,7 @@ class Run:
         config = self.config
         dirichlet = config["data_dist"] == "dirichlet" and config.get("alpha") is not None
         data_dist = f"dirichlet {config['alpha']:g}" if dirichlet else config["data_dist"]
-        return (config["dataset"], config["model"], Path(config["topology"]).stem, str(self.agents), data_dist)
+        return (config["dataset"], config["model"], short_name(config["topology"]), str(self.agents), data_dist)
 
     @property
     def last(self) -> int:
@@ -164,8 +165,9 @@ def read_run(folder: Path) -> Run:
     rows = read_metrics(folder)
     for number, row in enumerate(rows, start=2):
         try:
-            # Agents on their own know of no consensus.
-            figures = [float(row[key] or 0) for key in ("test_accuracy", "consensus_distance", "bytes_sent")]
+            known = ["test_accuracy", "bytes_sent"]
+            known += ["consensus_distance"] if row["consensus_distance"] != "" else []  # agents on their own: nobody
+            figures = [float(row[key]) for key in known]
             sound = all(map(math.isfinite, figures)) and int(row["iteration"]) >= 0 and row["phase"] in PHASES
             sound = sound and 0 <= int(row["agent"]) < config["num_models"]
         except (KeyError, TypeError, ValueError):

@@ -23,6 +23,7 @@ from utils.files import REFERENCE, SHORT, load_yaml, save_text
 from utils.options import parser
 from utils.plots import accuracy_curve, read_metrics
 from utils.results import FREE, is_part
+from utils.topology import short_name
 
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
 IGNORED = FREE - {"imgntdir"} | {"seed", "initial_models", "memory_layout"}
@@ -75,7 +76,7 @@ def hashable(option: Any) -> Hashable:
 def comparable(config: dict[str, Any]) -> dict[str, Hashable]:
     """A config.yaml's options with None for what has no say, lists as a short name, and the pre-training's."""
     options = {str(key): hashable(option) for key, option in config.items()}
-    options["topology"] = Path(str(options.get("topology"))).stem
+    options["topology"] = short_name(str(options.get("topology")))
     if options.get("imgntdir"):
         name = Path(str(options["imgntdir"])).name
         options["imgntdir"] = None if name == REFERENCE["imgntdir"] else name

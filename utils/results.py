@@ -21,6 +21,7 @@ from torch import Tensor
 
 from utils.files import REFERENCE, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
 from utils.progress import say
+from utils.topology import short_name
 from utils.training import Diverged, EpochStats, Evaluation
 
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
@@ -39,7 +40,7 @@ def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dic
     The variant names what differs from `reference` in `method_options`.
     """
     init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
-    topology = Path(o["topology"]).stem
+    topology = short_name(o["topology"])
     return Path(o["results_dir"]).joinpath(
         o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
         f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options, reference) or "default",

@@ -36,7 +36,7 @@ from utils.plots import (
     save_figure,
     styles,
 )
-from utils.topology import Topology, make_topology
+from utils.topology import Topology, make_topology, short_name
 
 Page = Callable[[], Any]  # draws a matplotlib figure
 Note = Callable[[str], None]
@@ -433,10 +433,12 @@ def topology_of(run: Run) -> Topology:
     """The graph that a run's agents merge over. Raises ValueError or FileNotFoundError where it can't be told."""
     config = run.config
     if config.get("pi") is not None:  # the file may have changed since, or be gone
-        pi = np.asarray(config["pi"], dtype=float)
+        several = np.asarray(config["pi"], dtype=float)
+        schedule = tuple(several) if several.ndim == 3 else ()  # one of a folder's matrices after the other
+        pi = np.mean(schedule, axis=0) if schedule else several
         connectivity = (pi > 0) & ~np.eye(len(pi), dtype=bool)
         directed = not np.array_equal(connectivity, connectivity.T)
-        return Topology(Path(config["topology"]).stem, connectivity, pi, directed)
+        return Topology(short_name(config["topology"]), connectivity, pi, directed, schedule)
     return make_topology(config["topology"], run.agents, run.seed)
 
 

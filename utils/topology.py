@@ -7,6 +7,7 @@ for those that can do with them. Either may change from step to step.
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,6 +311,11 @@ def make_topology(name: str | Path, num_agents: int, seed: int = 0) -> Topology:
         return _load(Path(name), num_agents)
     raise ValueError(f"unknown topology {str(name)!r}; choose one of {', '.join(known)}, a .json file "
                      "or a folder of .json files")
+
+
+def short_name(name: str | Path) -> str:
+    """What a path calls a topology that `make_topology` takes: without the folders it lies in, and without .json."""
+    return re.sub(r"\.json$", "", Path(name).name, flags=re.IGNORECASE)
 
 
 def _load(path: Path, num_agents: int) -> Topology:

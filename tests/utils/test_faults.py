@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.faults import Faults, surviving
+from utils.faults import Faults, surviving, without
 from utils.seeds import generator
 from utils.topology import DIRECTED, TOPOLOGIES, make_topology, metropolis_hastings
 
@@ -203,3 +203,18 @@ def test_a_rate_is_a_probability(rate):
     for name in ("link_failure", "agent_failure"):
         with pytest.raises(ValueError, match=f"{name} is a probability, not {rate}"):
             Faults(**{"link_failure": 0.1, "agent_failure": 0.1, "seed": 0, name: rate})
+
+
+@given(num_agents=st.integers(1, 9), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_who_did_not_come_leaves_the_rest_of_a_row_as_it_is(num_agents, data):
+    pi = make_topology(data.draw(st.sampled_from(["ring", "star", "fully_connected", "bipartite"])), num_agents).pi
+    lost = data.draw(st.sets(st.integers(0, num_agents - 1)))
+    kept = without(pi, lost)
+    np.testing.assert_allclose(kept.sum(axis=1), 1)
+    for i in range(num_agents):
+        for j in range(num_agents):
+            if i != j:
+                assert kept[i, j] == (0 if j in lost else pi[i, j])
+    if not lost:
+        np.testing.assert_array_equal(kept, pi)

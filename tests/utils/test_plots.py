@@ -434,6 +434,8 @@ def test_graphs_come_from_the_name_or_the_matrix_that_was_written_down(make):
     pi = [[0.5, 0.5, 0], [0.5, 0.25, 0.25], [0, 0.25, 0.75]]
     graph = run_plots.topology_of(make(topology="gone.json", pi=pi))
     assert not graph.directed and run_plots.edges_of(graph) == [(0, 1, 0.5), (1, 2, 0.25)]
+    turns = run_plots.topology_of(make(topology="gone", pi=[np.eye(3).tolist(), pi]))
+    assert len(turns.schedule) == 2 and np.allclose(turns.pi, (np.eye(3) + pi) / 2) and turns.name == "gone"
     one_way = run_plots.topology_of(make(topology="gone.json", pi=[[0.5, 0, 0.4], [0.5, 0.5, 0.1], [0, 0.5, 0.5]]))
     assert one_way.directed and run_plots.edges_of(one_way) == [(2, 0, 0.4), (0, 1, 0.5), (1, 2, 0.3)]
     with pytest.raises(FileNotFoundError):
