@@ -214,6 +214,9 @@ def consensus(lines: Sequence[Line], note: Note) -> list[Page]:
     """How far the agents' models are apart, per iteration."""
     drawn, looks = {}, look(lines)
     for line in lines:
+        if any(row["consensus_distance"] == "" for run in line.runs for row in run.rows):
+            note(f"no consensus distance of {line.label}: its agents were on their own, so nobody knew all models")
+            continue
         curve = line_curve(line, "consensus_distance")
         drawn[line] = Drawn(curve.iterations, Curve(curve.iterations, *(
             np.where(values > 0, values, np.nan) for values in (curve.mean, curve.low, curve.high))))

@@ -390,6 +390,10 @@ def test_consensus_is_logarithmic_and_says_where_agreement_is(make):
     figure = page()
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [10, np.nan, np.nan])
     assert "exact agreement" in figure.get_supxlabel()
+    for row in lines[0].runs[0].rows:
+        row["consensus_distance"] = ""  # agents on their own
+    notes = []
+    assert run_plots.consensus(lines, notes.append) == [] and "nobody knew" in notes[0]
 
 
 def test_iterations_of_the_heatmaps():
