@@ -102,7 +102,7 @@ def overheads(width: int, steps: int, repeats: int) -> None:
 def exchange_worker(rank: int, processes: int, width: int, repeats: int, home: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{home}/meet", rank=rank, world_size=processes)
-    wire = ManyProcesses(torch.device("cpu"), timedelta(seconds=60))
+    wire = ManyProcesses(processes, torch.device("cpu"), timedelta(seconds=60))
     flat, hood = FlatModel(network(width)), neighbourhood(make_topology("ring", processes).pi, rank)
 
     def flat_exchange() -> None:

@@ -22,7 +22,7 @@ def pack(state: State, wire: str) -> Tensor:
 
     Raises ValueError for an unknown `wire`.
     """
-    return torch.cat([_bytes(piece) for value in state.values() for piece in _encode(value.detach(), wire)])
+    return torch.cat([_bytes(piece) for value in state.values() for piece in _encode(value, wire)])
 
 
 def unpack(vector: Tensor, like: State, wire: str) -> State:
@@ -114,6 +114,5 @@ def _decode(pieces: list[Tensor], like: Tensor) -> Tensor:
     """The tensor, of `like`'s shape and dtype, that these flat pieces were made of."""
     *scale, values = pieces
     if scale:
-        rows = values.view(like.shape[0], -1).to(torch.promote_types(like.dtype, torch.float32))
-        values = rows.mul_(scale[0][:, None])
+        values = values.view(like.shape[0], -1).to(like.dtype).mul_(scale[0][:, None])  # rounded once, at the end
     return values.view(like.shape).to(like.dtype)
