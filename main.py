@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import shlex
 import sys
@@ -486,26 +487,29 @@ def main(argv: list[str] | None = None) -> int:
     o = parse_once(make_parser(), argv)
     command = shlex.join(["main.py", *argv])
 
+    def run_in_group() -> Path:
+        device = pick_device(local_device(o.device))
+        with connect(o.num_models, device, o.backend, o.timeout) as network:
+            return run(o, network, device, command)
+
     def run_here() -> Path:
         settle_processes(o)
         if o.processes:
             return run_agents(o, argv)
-        device = pick_device(local_device(o.device))
         if o.agent is not None:
             folder = Path(o.exchange.removeprefix("folder:"))
-            return run(o, SharedFolder(o.agent, folder, o.timeout, o.staleness), device, command)
-        with connect(o.num_models, device, o.backend, o.timeout) as network:
-            return run(o, network, device, command)
-
-    def work() -> int:
-        again = "give the same command with --resume (without --overwrite)"
-        return run_script(run_here, "results", again if o.agent is None else "give the same command",
-                          rank() if o.agent is None else int(is_sibling()))
+            return run(o, SharedFolder(o.agent, folder, o.timeout, o.staleness), pick_device(o.device), command)
+        if workers == 1:
+            return run_in_group()
+        settle_options(copy.copy(o), [0])  # what is wrong is better said before they are started
+        return with_workers(workers, Path(__file__), argv, run_in_group)
 
     workers = number_of_workers(o)
-    code = work() if workers == 1 else with_workers(workers, Path(__file__), argv, work)
+    flag = "" if o.agent is not None or o.processes else " with --resume"
+    code = run_script(run_here, "results", f"give the same command{flag} (without --overwrite)",
+                      rank() if o.agent is None else int(is_sibling()))
     if code:
-        leave(code)
+        leave(code, at_once=workers > 1 or is_sibling())
     return code
 
 

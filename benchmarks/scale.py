@@ -1,6 +1,6 @@
 """How a merge grows with the number of agents: time, memory, forward passes and bytes on the wire.
 
-    python -m benchmarks.scale                 about seven minutes
+    python -m benchmarks.scale                 about six minutes
     python -m benchmarks.scale --quick         under a minute
     python -m benchmarks.scale --methods DIMAT --match_memory 0.01      edges taken in blocks
 
@@ -48,6 +48,7 @@ from data.batches import Batches
 from data.datasets import load_dataset
 from merging.permutation import derive_spec
 from models import build_model
+from utils.distributed import taken
 from utils.topology import DIRECTED, TOPOLOGIES, directed_exponential, make_topology
 from utils.wire import WIRES, wire_bytes
 
@@ -100,7 +101,11 @@ def measure(cell: Cell) -> Cost:
     torch.set_num_threads(1)
     dataset = load_dataset("digits", train_samples=cell.images)
     batches = [x for x, _ in Batches(dataset, dataset.train, None, BATCH)]
-    model, topology = Network(), make_topology(cell.graph, cell.agents)
+    model, weights = Network(), make_topology(cell.graph, cell.agents).weights(0)
+    takes = taken(weights)
+    edges = int((takes | takes.T).sum()) // 2
+    if not edges:
+        raise SystemExit(f"error: {cell.agents} agents on {cell.graph} have no edges")
     spec = derive_spec(model, batches[0][:1])
     torch.manual_seed(0)
     states = [Network().state_dict() for _ in range(cell.agents)]
@@ -115,17 +120,16 @@ def measure(cell: Cell) -> Cost:
     before = start_of_peak()
     Network.seen.clear()
     began = time.process_time()
-    merge(cell.agents, topology.pi)
+    merge(cell.agents, weights)
     times = [time.process_time() - began]
     memory = peak() - before
     passes = (Network.seen[True] / cell.images / cell.agents, Network.seen[False] / cell.images / cell.agents)
     while len(times) < cell.repeats or sum(times) < AT_LEAST:
         began = time.process_time()
-        merge(cell.agents, topology.pi)
+        merge(cell.agents, weights)
         times.append(time.process_time() - began)
-    one_way = int(topology.connectivity.sum())
-    edges = int((topology.connectivity | topology.connectivity.T).sum()) // 2
-    return Cost(edges, statistics.median(times), memory, passes, one_way * wire_bytes(model.state_dict(), "fp32"))
+    sent = int(takes.sum()) * wire_bytes(model.state_dict(), "fp32")
+    return Cost(edges, statistics.median(times), memory, passes, sent)
 
 
 def peak() -> int:
@@ -153,7 +157,7 @@ def in_a_process(cell: Cell) -> Cost:
     try:
         return here.recv()
     except EOFError:
-        raise SystemExit(f"{cell} has not come to its end") from None
+        raise SystemExit(f"error: {cell} has not come to its end") from None
     finally:
         process.join()
 
@@ -174,7 +178,7 @@ def table(graph: str, method: str, options: argparse.Namespace) -> None:
     for agents in options.agents:
         cost = in_a_process(Cell(graph, method, agents, options.images, options.repeats, limit))
         costs.append(cost)
-        time_each, memory_each = (([c.seconds / c.edges for c in costs]), [c.memory / c.edges for c in costs])
+        time_each, memory_each = [c.seconds / c.edges for c in costs], [c.memory / c.edges for c in costs]
         print(f"{graph:<14}{method:<13}{agents:>6}{cost.edges:>8}{cost.seconds:>9.2f}{1e3 * time_each[-1]:>9.2f}"
               f"{time_each[-1] / time_each[0]:>7.2f}{cost.memory / 1e6:>9.2f}{memory_each[-1] / 1e3:>9.1f}"
               f"{memory_each[-1] / memory_each[0]:>7.2f}{cost.passes[0]:>7.2f} + {cost.passes[1]:<6.2f}"
@@ -189,13 +193,13 @@ def on_the_wire(agents: int = 10_000) -> None:
     """What one agent sends in a merge, and receives, for real networks; N matters only to the degree."""
     hops = directed_exponential(agents)
     degrees = {"one peer": 1, "ring": 2, "exponential": len({hop % agents for h in hops for hop in (h, -h)})}
-    print(f"{'an agent of ' + format(agents, ',') + ', 100 classes':<30}{'':26}{'100 Mbit/s':^33}   {'10 Gbit/s':^33}\n"
-          f"{'':<30}{'wire':>6}{'MB a model':>12}{'':>8}" + ("".join(f"{name:>11}" for name in degrees) + "   ") * 2)
+    print(f"{'an agent of ' + format(agents, ',') + ', 100 classes':<30}{'':26}{'100 Mbit/s':>36}   {'10 Gbit/s':>36}\n"
+          f"{'':<30}{'wire':>6}{'MB a model':>12}{'':>8}" + ("".join(f"{name:>12}" for name in degrees) + "   ") * 2)
     for name, network in (("ResNet-20 width 8", "resnet20"), ("ResNet-50", "resnet50")):
         state = build_model(network, 100, width_multiplier=8).state_dict()
         for wire in WIRES:
             size = wire_bytes(state, wire)
-            seconds = "   ".join("".join(f"{degree * size * 8 / rate:>9.3f} s" for degree in degrees.values())
+            seconds = "   ".join("".join(f"{degree * size * 8 / rate:>10.3f} s" for degree in degrees.values())
                                  for rate in (1e8, 1e10))
             print(f"{name:<30}{wire:>6}{size / 1e6:>12.2f}{'':>8}{seconds}")
 
@@ -210,13 +214,13 @@ def main() -> None:
     parser.add_argument("--graphs", nargs="+", choices=[*TOPOLOGIES, *DIRECTED], default=["ring", "exponential"],
                         metavar="NAME", help="names that --topology takes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="how agents merge")
-    parser.add_argument("--images", type=int, default=200, help="digits that matching and BatchNorm read")
+    parser.add_argument("--images", type=int, default=100, help="digits that matching and BatchNorm read")
     parser.add_argument("--repeats", type=int, default=1, help="timed merges of a cell, at least (half a second's)")
     parser.add_argument("--match_memory", type=float, default=None, metavar="GB", help="as in main; default: no limit")
-    parser.add_argument("--quick", action="store_true", help="10, 20 and 40 agents on 100 images")
+    parser.add_argument("--quick", action="store_true", help="10, 20 and 40 agents")
     options = parser.parse_args()
     if options.quick:
-        options.agents, options.images = [10, 20, 40], 100
+        options.agents = [10, 20, 40]
     size = wire_bytes(Network().state_dict(), "fp32")
     print(f"models of {size:,} bytes, {options.images} images in batches of {BATCH}, one thread, torch "
           f"{torch.__version__}\n")

@@ -433,9 +433,9 @@ def _start_time(process: int) -> str:
     return "0"
 
 
-def leave(code: int) -> None:
-    """End a launched process at once, without waiting for messages that will never come; else just return."""
-    if is_launched():
+def leave(code: int, at_once: bool = False) -> None:
+    """End a launched process (`at_once`: any) without waiting for messages that will never come; else just return."""
+    if is_launched() or at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

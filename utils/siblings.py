@@ -74,48 +74,41 @@ def threads_each(count: int) -> int:
     return max(1, torch.get_num_threads() // count)
 
 
-def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[], int]) -> int:
+def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[], Path]) -> Path:
     """`work()`, a script's, as the first of `count` launched processes; the others are started from its command line.
 
-    Returns its exit status if that is 0; else, or when another one fails and `work` doesn't notice, all of them end.
+    When it fails, or another process does and `work` can't notice, all of them end.
     """
     before, threads, home = dict(os.environ), torch.get_num_threads(), tempfile.mkdtemp(prefix="dimat-")
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "DIMAT_MEETING": f"{home}/meeting",
              "OMP_NUM_THREADS": str(threads_each(count))}
     others: list[subprocess.Popen] = []
-    done = threading.Event()
-
-    def stop(code: int) -> None:
-        end(others, 0)
-        shutil.rmtree(home, ignore_errors=True)
-        leave(code)
+    done, patience = threading.Event(), 0.0
 
     def watch() -> None:
         while not done.wait(0.5):
             codes = [process.poll() for process in others]
             # One that is gone breaks a connection, which `work` notices, unless there is none yet.
             if any(codes) and not done.wait(10):
-                rank = next(r for r, code in enumerate(codes, start=1) if code)
-                print(f"error: worker {rank} of {count} ended with status {codes[rank - 1]}", file=sys.stderr,
-                      flush=True)
-                stop(2)
+                rank, code = next((r, code) for r, code in enumerate(codes, start=1) if code)
+                print(f"error: worker {rank} of {count} ended with status {code}", file=sys.stderr, flush=True)
+                end(others, 0)
+                shutil.rmtree(home, ignore_errors=True)
+                leave(2, at_once=True)
 
     try:
         os.environ.update(group, RANK="0", LOCAL_RANK="0")
         others += [start(script, argv, {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(1, count)]
         torch.set_num_threads(threads_each(count))
         threading.Thread(target=watch, daemon=True).start()
-        code = work()
-        done.set()
-        if code:
-            stop(code)
-        end(others, 30)
+        outcome = work()
+        patience = 30.0
     finally:
         done.set()
-        end(others, 0)
+        end(others, patience)
         shutil.rmtree(home, ignore_errors=True)
         torch.set_num_threads(threads)
         for key in os.environ.keys() - before.keys():
             del os.environ[key]
         os.environ.update(before)
-    return code
+    return outcome

@@ -59,6 +59,7 @@ def states(draw, dtypes, min_dims=0, min_side=0, special=True):
     return state
 
 
+@settings(max_examples=50)
 @given(states(FLOATS + OTHERS))
 def test_fp32_is_exact_whatever_the_dtypes_shapes_and_layouts(state):
     vector = pack(state, "fp32")
@@ -66,6 +67,7 @@ def test_fp32_is_exact_whatever_the_dtypes_shapes_and_layouts(state):
     assert same(unpack(vector, state, "fp32"), state)
 
 
+@settings(max_examples=50)
 @given(states(FLOATS + OTHERS), st.sampled_from(WIRES))
 def test_the_vector_is_new_flat_and_of_the_length_foretold(state, wire):
     vector = pack(state, wire)
@@ -75,6 +77,7 @@ def test_the_vector_is_new_flat_and_of_the_length_foretold(state, wire):
     assert wire_bytes({key: value.to("meta") for key, value in state.items()}, wire) == len(vector)
 
 
+@settings(max_examples=50)
 @given(states(FLOATS + OTHERS), COMPACT)
 def test_only_kernels_become_smaller_and_only_where_that_saves_bytes(state, wire):
     received = through(state, wire)
@@ -109,12 +112,14 @@ def test_int8_scales_last_for_a_million_rows_and_the_largest_number():
     assert once["w"].isfinite().all() and torch.equal(through(once, "int8")["w"], once["w"])
 
 
+@settings(max_examples=50)
 @given(states(FLOATS, min_dims=2, min_side=1), COMPACT)
 def test_what_is_not_finite_arrives_as_not_finite(state, wire):
     for key, value in through(state, wire).items():
         assert not value[~state[key].isfinite()].isfinite().any()
 
 
+@settings(max_examples=50)
 @given(states(FLOATS, special=False), COMPACT)
 def test_what_is_finite_arrives_finite(state, wire):
     assert all(value.isfinite().all() for value in through(state, wire).values())
