@@ -177,7 +177,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
 
     def open_folder():
         config = {k: v for k, v in vars(o).items() if k != "optim"} | circumstances(command)
-        config |= {"initial_models": digest_of_all(digests), "processes": o.num_models if is_launched() else 1,
+        config |= {"first_models": digest_of_all(digests), "processes": o.num_models if is_launched() else 1,
                    "memory_layout": str(training.memory_format(device))}  # the order of entries in an agent's memory
         matter = {**config, **start_that_matters(o, made_with)}
         if read := matrices(o.topology, topology):

@@ -120,6 +120,7 @@ class Fleet:
         lent = {i: outgoing(model, self.states[i], images[i], method, o.bn_reset) for i in merging}
         models = network.share(iteration, lent, weights, o.wire, like=model.state_dict())
         weights = without(weights, [j for j in range(o.num_models) if j not in models])
+        merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
         try:
             merged = merge([models.get(i) for i in range(o.num_models)], weights, method=method, model=model,
                            spec=self.spec, bn_reset="none" if o.bn_reset == "none" else "after", match_at=o.match_at,
@@ -232,13 +233,16 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
                           keep=o.keep == "all")
 
     last: dict[str, list] = {}
+    turn = finished + 1
     if not finished:
         write(0, "initial", time.perf_counter(), {})
     elif o.training and phase == "merged" and finished < o.merg_itr:  # a finished run that goes on
         train_phase(finished)
         commit(finished, "trained")
     for iteration in progress(range(finished + 1, o.merg_itr + 1), "iterations"):
-        if iteration < network.turn(iteration, fleet.weights):
+        if iteration >= turn:
+            turn = network.turn(iteration, fleet.weights)
+        if iteration < turn:
             continue  # the others have merged without this agent
         merge_phase(iteration)
         if train := o.training and iteration < o.merg_itr:
@@ -327,6 +331,14 @@ def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: d
                      tensorboard=o.tensorboard, **how)
 
 
+def topology_to_merge_over(o: Namespace) -> Topology:
+    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    if not topology.is_doubly_stochastic:
+        raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
+                         "what they take to add up to one model")
+    return topology
+
+
 def matrices(name: str, topology: Topology) -> list | None:
     """The mixing matrices of a topology that was read from files, as these may change."""
     if name in TOPOLOGIES | DIRECTED:
@@ -339,10 +351,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
 
     def prepare() -> tuple[dict, Fleet]:
         ckp, made_with, loaded = settle_options(o, network.agents)
-        topology = make_topology(o.topology, o.num_models, seed=o.seed)
-        if not topology.is_doubly_stochastic:
-            raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge "
-                             "need what they take to add up to one model")
+        topology = topology_to_merge_over(o)
         reads_others = o.opt != ALONE and o.match_data == "all"
         dataset, train_parts, test_parts = load_agents_data(o, device, None if reads_others else network.agents)
         states = {i: {k: t.to(device) for k, t in state.items()}
@@ -353,7 +362,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         return made_with, fleet
 
     def open_folder() -> RunFolder | None:
-        config = vars(o) | circumstances(command) | {"initial_models": digest_of_all(digests)}
+        config = vars(o) | circumstances(command) | {"first_models": digest_of_all(digests)}
         if read := matrices(o.topology, fleet.topology):
             config["pi"] = read
         return open_run(o, network, path, config, matter, start=o.merg_itr_init)
@@ -365,10 +374,13 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
     name = name_for_others(o, path, fleet.topology)
     if o.agent is not None:
         path = path / f"agent_{o.agent}"
-    folder = network.together(open_folder)
     neighbours = [j for i in network.agents for j in range(o.num_models)
                   if fleet.topology.connectivity[i, j] or fleet.topology.connectivity[j, i]]
-    with folder or contextlib.nullcontext(), network.meet(name, neighbours, fresh=bool(folder and not folder.begun)):
+    begun = (path / "metrics.csv").exists()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(network.meet(name, neighbours, o.merg_itr, fresh=not begun, overwrite=o.overwrite))
+        folder = network.together(open_folder)
+        stack.enter_context(folder or contextlib.nullcontext())
         if folder:
             say_what_is_unusual(fleet)
         saved = network.together(folder.load if folder else lambda: None)  # drops what a longer run had begun
@@ -421,8 +433,12 @@ def make_parser() -> ArgumentParser:
 def settle_processes(o: Namespace) -> None:
     """Check which of the ways to be in several processes was asked for."""
     alone = o.agent is not None
-    if is_launched() and (alone or o.processes):
-        raise ValueError("--agent and --processes are for processes that nobody has launched as a group")
+    if is_launched() and not is_sibling() and (alone or o.processes or o.workers):
+        raise ValueError("--agent, --processes and --workers are for a command that nobody has launched as a group")
+    if o.merg_itr_init and (alone or o.processes):
+        raise ValueError(f"--merg_itr_init {o.merg_itr_init}: agents on their own can't go back, as the others don't")
+    if not (o.timeout or alone or o.processes):
+        raise ValueError("--timeout 0 is for agents on their own: a group has to wait for one another")
     if o.workers and (alone or o.processes):
         raise ValueError("--workers are of one run: leave it out with --agent and --processes")
     if alone and not o.exchange:
@@ -446,7 +462,7 @@ def name_for_others(o: Namespace, path: Path, topology: Topology) -> str:
 def run_agents(o: Namespace, argv: Sequence[str]) -> Path:
     """--processes: start every agent as a process of its own, and put together what they leave."""
     made_with = settle_options(o, [0])[1]
-    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    topology = topology_to_merge_over(o)
     path = run_folder(vars(o), options_that_matter(o, made_with))
     exchange = o.exchange or f"folder:{path / 'exchange'}"
     name = name_for_others(o, path, topology)
@@ -465,8 +481,8 @@ def run_agents(o: Namespace, argv: Sequence[str]) -> Path:
         finally:
             end(processes, 10)
         if failed := [i for i, code in enumerate(codes) if code]:
-            raise ValueError(f"of {o.num_models} agents {failed} did not finish: the same command brings them back; "
-                             f"what there is lies in {path}")
+            raise ValueError(f"agents {failed} did not finish; the same command (without --overwrite) "
+                             f"brings them back. What there is lies in {path}")
         collect(path)
         forget(Path(exchange.removeprefix("folder:")), name)
     return path
@@ -501,7 +517,9 @@ def main(argv: list[str] | None = None) -> int:
             return run(o, SharedFolder(o.agent, folder, o.timeout, o.staleness), pick_device(o.device), command)
         if workers == 1:
             return run_in_group()
-        settle_options(copy.copy(o), [0])  # what is wrong is better said before they are started
+        checked = copy.copy(o)  # what is wrong is better said before they are started
+        settle_options(checked, [0])
+        topology_to_merge_over(checked)
         return with_workers(workers, Path(__file__), argv, run_in_group)
 
     workers = number_of_workers(o)

@@ -179,7 +179,7 @@ def table(graph: str, method: str, options: argparse.Namespace) -> None:
         cost = in_a_process(Cell(graph, method, agents, options.images, options.repeats, limit))
         costs.append(cost)
         time_each, memory_each = [c.seconds / c.edges for c in costs], [c.memory / c.edges for c in costs]
-        print(f"{graph:<14}{method:<13}{agents:>6}{cost.edges:>8}{cost.seconds:>9.2f}{1e3 * time_each[-1]:>9.2f}"
+        print(f"{graph:<14} {method:<12}{agents:>6}{cost.edges:>8}{cost.seconds:>9.2f}{1e3 * time_each[-1]:>9.2f}"
               f"{time_each[-1] / time_each[0]:>7.2f}{cost.memory / 1e6:>9.2f}{memory_each[-1] / 1e3:>9.1f}"
               f"{memory_each[-1] / memory_each[0]:>7.2f}{cost.passes[0]:>7.2f} + {cost.passes[1]:<6.2f}"
               f"{cost.sent / 1e6:>9.2f}", flush=True)

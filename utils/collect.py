@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from utils.checkpoint import digest_of_all
-from utils.files import load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.files import claim, load_tensors, load_yaml, save_tensors, save_text, save_yaml
 from utils.options import parser
 from utils.results import FREE, is_part
 from utils.scripts import run_script
@@ -32,10 +32,12 @@ def collect(path: Path) -> Path:
     configs = {i: load_yaml(part / "config.yaml") for i, part in parts.items()}
     first = configs[next(iter(parts))]
     for i, config in configs.items():
-        for key in (config.keys() | first.keys()) - FREE - {"agent", "initial_models"}:
+        for key in (config.keys() | first.keys()) - FREE - {"agent", "first_models"}:
             if config.get(key) != first.get(key):
                 raise ValueError(f"{parts[i]} was run with {key}={config.get(key)}, another agent with "
                                  f"{first.get(key)}: they are not of one run")
+    if missing := set(range(first["num_models"])) - parts.keys():
+        print(f"note: {path} has nothing of agents {', '.join(map(str, sorted(missing)))}")
     _join_tables(path, parts, "metrics.csv", lambda row: (int(row["iteration"]), PHASES.index(row["phase"]),
                                                           int(row["agent"])))
     _join_tables(path, parts, "merge_stats.csv", lambda row: (int(row["iteration"]), int(row["agent"])))
@@ -44,8 +46,8 @@ def collect(path: Path) -> Path:
     for part in parts.values():
         for model in part.glob("*/model_*.pth"):
             save_tensors(path / model.relative_to(part), load_tensors(model))
-    digests = {i: config["initial_models"] for i, config in configs.items()}
-    save_yaml(path / "config.yaml", first | {"agent": None, "initial_models": digest_of_all(digests)})
+    digests = {i: config["first_models"] for i, config in configs.items()}
+    save_yaml(path / "config.yaml", first | {"agent": None, "first_models": digest_of_all(digests)})
     return path
 
 
@@ -69,7 +71,14 @@ def main(argv: list[str] | None = None) -> int:
                "python -m utils.collect results/digits/.../seed_0")
     p.add_argument("run_folder", type=Path, help="the folder that holds agent_0, agent_1, ...")
     o = p.parse_args(argv)
-    return run_script(lambda: collect(o.run_folder), "results", "give the same command again")
+
+    def work() -> Path:
+        if not o.run_folder.is_dir():
+            raise ValueError(f"{o.run_folder} is not a folder")
+        with claim(o.run_folder):
+            return collect(o.run_folder)
+
+    return run_script(work, "results", "give the same command again")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ class Network:
         """
         raise NotImplementedError
 
-    def meet(self, run: str, neighbours: Collection[int], fresh: bool) -> AbstractContextManager:
+    def meet(self, run: str, neighbours: Collection[int], last: int, fresh: bool,
+             overwrite: bool) -> AbstractContextManager:
         """Take the agents' place in the run that `run` describes, where that is not a matter of who was started."""
         return contextlib.nullcontext()
 
@@ -187,7 +188,7 @@ class ManyProcesses(Network):
         readers = {j: sorted({self.home[i] for i in np.flatnonzero(takes[:, j]).tolist()} - {self.home[j]})
                    for j in self.recorded}
         packed = {j: pack(models[j], wire) for j in self.agents if readers[j]}
-        staged = self._staged(packed.values())
+        staged = self._staged(packed.values()) if self.through_cpu else {id(v): v for v in packed.values()}
         arrivals = {j: self._empty(torch.empty(size, dtype=torch.uint8, device=self.device))
                     for j in self.recorded if self.rank in readers[j]}
         # A rank sends its agents' models in their order, which is how another one tells them apart.
@@ -195,7 +196,7 @@ class ManyProcesses(Network):
             [(self.home[j], vector, f"agent {j}'s model of iteration {iteration}") for j, vector in arrivals.items()],
             [(r, staged[id(vector)], f"the process of agents {self._living_at(r)} to take agent {j}'s model of "
               f"iteration {iteration}") for j, vector in packed.items() for r in readers[j]])
-        mine = {j: through(state, wire) for j, state in models.items()}
+        mine = {j: through(state, wire, packed.get(j)) for j, state in models.items()}
         arrived = _OnItsWay(self, arrivals, works, list(staged.values())).wait()
         return mine | {j: unpack(vector, like, wire) for j, vector in arrived.items()}
 
@@ -268,7 +269,7 @@ class ManyProcesses(Network):
         try:
             result = prepare()
         except (ValueError, OSError) as error:
-            failure = str(error)
+            failure = str(error) or type(error).__name__
         failures = [None] * dist.get_world_size()
         with self._everybody():
             dist.all_gather_object(failures, failure, group=self.control)
@@ -359,8 +360,6 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
             raise ValueError("--backend nccl is for launched processes: there is one here, which needs none")
         yield OneProcess(num_agents)
         return
-    if not timeout:
-        raise ValueError("--timeout 0: a group of processes has to wait for one another")
     limit = timedelta(seconds=timeout)
     world = int(os.environ["WORLD_SIZE"])
     if world != num_agents and (one_each or world > num_agents):
@@ -380,12 +379,13 @@ def _join(num_agents: int, file: Path | None, device: torch.device, backend: str
           world: int) -> ManyProcesses:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
+    start = max(limit, timedelta(minutes=2))  # some may still be importing torch when others are done
     try:
         if file:
             store = dist.FileStore(str(file), world)
-            store.set_timeout(limit)
+            store.set_timeout(start)
         else:
-            store, _, _ = next(rendezvous("env://", rank(), world, timeout=limit))
+            store, _, _ = next(rendezvous("env://", rank(), world, timeout=start))
         # A group that is started again meets at the same store, where it must not find the dead group's addresses.
         store = dist.PrefixStore(f"restart {_restarts()}", store)
         chosen = pick_backend(backend, device, store, world)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,18 +41,26 @@ class SharedFolder(Network):
     def __init__(self, agent: int, folder: Path, timeout: float, staleness: int) -> None:
         self.agents = self.recorded = (agent,)
         self.agent, self.folder, self.timeout, self.staleness = agent, folder, timeout, staleness
-        self.silent: dict[int, int] = {}  # agent -> its last iteration when it was waited for in vain
+        self.silent: dict[int, list[tuple]] = {}  # agent -> all it had published when it was waited for in vain
+        self.missed: dict[int, bool] = {}  # the same agents -> whether an old model stood in
+        self.readers: dict[int, list[int]] = {}  # iteration -> who takes our model of it
         self.warned: set[tuple[Path, int]] = set()
         super().__init__()
 
-    def meet(self, run: str, neighbours: Collection[int], fresh: bool) -> AbstractContextManager:
-        """Take the agent's place in the run that `run` describes, until the context ends. fresh: it begins.
+    def meet(self, run: str, neighbours: Collection[int], last: int, fresh: bool,
+             overwrite: bool) -> AbstractContextManager:
+        """Take the agent's place in the run that `run` describes, until the context ends.
 
-        Raises ValueError where another process has that place, or the folder can't be written to.
+        last: the run's last iteration; fresh: the agent begins, and what is there under its name is of another life;
+        overwrite: nobody else may have begun. Raises ValueError where somebody has, where another process is in that
+        place, or the folder can't be written to.
         """
-        self.run, self.neighbours = run_name(run), neighbours
+        self.run, self.neighbours, self.last = run_name(run), neighbours, last
+        if overwrite and (there := [j for j in neighbours if self._published(j)]):
+            raise ValueError(f"--overwrite: {self.folder / self.run} holds models of {_names(there)}, which this agent "
+                             "would take up: delete that folder first, or give another --exchange")
         lock = claim(self._home(self.agent))
-        if fresh:
+        if fresh or overwrite:
             for file in self._published(self.agent).values():
                 file.unlink()
         return lock
@@ -60,18 +69,29 @@ class SharedFolder(Network):
         return self.folder / self.run / f"agent_{agent}"
 
     def _published(self, agent: int) -> dict[int, Path]:
-        """Iteration -> file."""
+        """Iteration -> file, by their names."""
         found = ((re.fullmatch(r"iteration_(\d+)\.pt", file.name), file) for file in self._home(agent).glob("*.pt"))
-        return {int(name[1]): file for name, file in found if name}
+        return {int(name[1]): file for name, file in found if name and int(name[1]) <= self.last}
 
-    def _newest(self, agent: int) -> int:
-        return max(self._published(agent), default=0)
+    def _signs(self, agent: int) -> list[tuple]:
+        """Of life: another list whenever it has published something."""
+        signs = []
+        for file in self._published(agent).values():
+            with contextlib.suppress(OSError):
+                signs.append((file.name, file.stat().st_mtime_ns))
+        return sorted(signs)
+
+    def _newest(self, agent: int, above: int = 0) -> int:
+        """The last iteration above this one that it has a sound model of; 0 if there is none."""
+        later = sorted((k for k in self._published(agent) if k > above), reverse=True)
+        return next((k for k in later if self._load(agent, k) is not None), 0)
 
     def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
         """The first iteration from this one on that nobody has finished without the model he would have taken of us."""
         begin, published = iteration, self._newest(self.agent)
         for j in self.neighbours:
-            for t in range(max(begin, published + 1), self._newest(j)):  # it publishes after it has merged
+            # It publishes after it has merged.
+            for t in range(max(begin, published + 1), self._newest(j, above=max(begin, published + 1))):
                 if weights(t)[j, self.agent]:
                     begin = t + 1
         if begin > iteration:
@@ -83,9 +103,11 @@ class SharedFolder(Network):
               like: State) -> dict[int, State]:
         takes, size = taken(mixing), wire_bytes(like, wire)
         state = models.get(self.agent)
-        if takes[:, self.agent].any():
+        self.readers[iteration] = np.flatnonzero(takes[:, self.agent]).tolist()
+        if self.readers[iteration]:
             self._publish(iteration, pack(state, wire))
-            self.sent[self.agent] += size * int(takes[:, self.agent].sum())
+            self._prune(iteration, oldest=iteration - len(mixing) - self.staleness)
+            self.sent[self.agent] += size * len(self.readers[iteration])
         found: dict[int, State] = {} if state is None else {self.agent: through(state, wire)}
         self.old = {}
         began, pause, said = time.monotonic(), 0.01, False
@@ -95,7 +117,7 @@ class SharedFolder(Network):
                 # What the others publish after this iteration is as good, if its own model is gone by now.
                 if self._take(j, sorted(k for k in self._published(j) if k >= iteration), iteration, wire, like, found):
                     missing.remove(j)
-            awaited = [j for j in missing if self.silent.get(j) != self._newest(j)]
+            awaited = [j for j in missing if self.silent.get(j) != self._signs(j)]
             waited = time.monotonic() - began
             if not awaited or waited >= self.timeout:
                 break
@@ -109,11 +131,11 @@ class SharedFolder(Network):
             oldest = iteration - self.staleness
             recent = sorted((k for k in self._published(j) if oldest <= k < iteration), reverse=True)
             replaced = self._take(j, recent, iteration, wire, like, found)
-            if self.silent.get(j) != self._newest(j):
+            if j in awaited or self.missed[j] != replaced:
                 instead = f"its model of iteration {self.old[j]} stands in" if replaced else "merging without it"
-                say(f"warning: agent {self.agent}, iteration {iteration}: no model of agent {j} within --timeout "
-                    f"{self.timeout:g} s: {instead}")
-            self.silent[j] = self._newest(j)
+                within = f" within --timeout {self.timeout:g} s" if j in awaited else ""
+                say(f"warning: agent {self.agent}, iteration {iteration}: no model of agent {j}{within}: {instead}")
+            self.silent[j], self.missed[j] = self._signs(j), replaced
         self.received[self.agent] += size * len(found.keys() - {self.agent})
         return found
 
@@ -121,9 +143,19 @@ class SharedFolder(Network):
         vector = vector.cpu()
         save_tensors(self._home(self.agent) / f"iteration_{iteration:06d}.pt", {
             "run": self.run, "agent": self.agent, "iteration": iteration, "sha256": _checksum(vector), "model": vector})
+
+    def _prune(self, iteration: int, oldest: int) -> None:
+        """Delete our models that nobody needs any more: whoever takes one has published a later one, or is silent.
+
+        On one-way edges an agent may be as many iterations ahead of a reader as there are agents; but before `oldest`
+        nothing is kept, as a dead reader would let the folder grow for ever.
+        """
         for k, file in self._published(self.agent).items():
-            if k < iteration - self.staleness - 1:
-                file.unlink(missing_ok=True)
+            readers = [i for i in self.readers.get(k, self.neighbours) if i not in self.silent]
+            done = k < iteration - self.staleness - 1 and all(max(self._published(i), default=0) > k for i in readers)
+            if k < oldest or done:
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def _take(self, agent: int, candidates: list[int], iteration: int, wire: str, like: State,
               found: dict[int, State]) -> bool:
@@ -138,17 +170,22 @@ class SharedFolder(Network):
         return False
 
     def _read(self, agent: int, iteration: int, wire: str, like: State) -> State | None:
-        """None, with a warning, for anything that isn't what this agent published whole for this iteration."""
-        file, version = self._published(agent).get(iteration), 0
-        if file is None:
-            return None
-        try:
-            version = file.stat().st_mtime_ns
-            vector = self._vector(load_tensors(file), agent, iteration)
+        """The model that this agent published for this iteration; None, with a warning, for anything else."""
+
+        def model(vector: Tensor) -> State:
             state = unpack(vector.to(next(iter(like.values())).device), like, wire)
             if not all(bool(t.isfinite().all()) for t in state.values()):
                 raise ValueError("it has NaN or infinite values")
             return state
+
+        return self._load(agent, iteration, model)
+
+    def _load(self, agent: int, iteration: int, use: Callable[[Tensor], Any] = lambda vector: vector) -> Any:
+        """`use` of the bytes in that file, if it is whole and ours."""
+        file, version = self._home(agent) / f"iteration_{iteration:06d}.pt", 0
+        try:
+            version = file.stat().st_mtime_ns
+            return use(self._vector(load_tensors(file), agent, iteration))
         except FileNotFoundError:
             return None  # its owner has moved on
         except (ValueError, OSError) as error:

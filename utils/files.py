@@ -112,8 +112,8 @@ def claim(folder: Path) -> AbstractContextManager:
         return lock
     except Timeout:
         raise ValueError(f"another process is writing to {folder}: wait for it, or stop it") from None
-    except OSError as error:
-        raise ValueError(f"can't write to {folder}: {error.strerror}") from None
+    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
+        raise ValueError(f"can't write to {folder}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def clear(folder: Path) -> None:

@@ -36,7 +36,7 @@ def exchange(text: str) -> str:
     """folder:PATH"""
     if not text.startswith("folder:") or text == "folder:":
         raise argparse.ArgumentTypeError(f"'{text}' is no place to exchange models: give folder:PATH")
-    return text
+    return f"folder:{Path(text.removeprefix('folder:')).expanduser()}"
 
 
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
@@ -204,8 +204,9 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
     g = p.add_argument_group("processes")
     g.add_argument("--workers", type=number(int, 1), default=None, metavar="N",
-                   help="deal the agents out to N processes, which share this machine's cores (default: on a CPU one "
-                        "for each core, at most one for each agent; else 1)")
+                   help="deal the agents out to N processes, which share this machine's threads; the data set and "
+                        "--match_memory are there for each (default: with --training on a CPU one for each thread, at "
+                        "most one for each agent; else 1)")
     g.add_argument("--processes", type=number(int, 0), default=None, metavar="N",
                    help="start each of the N agents as a process of its own, as with --agent, on this machine")
     g.add_argument("--agent", type=number(int, 0), default=None, metavar="I",

@@ -210,7 +210,8 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]
 
 # Told by a run's place in the picture, by its line or by other options; FREE are those that change no figure.
 ELSEWHERE = {"opt", "seed", "dataset", "model", "topology", "num_models", "data_dist", "alpha", "num_epochs",
-             "training", "randominit", "diffinit", "initial_models", "memory_layout"}
+             "training", "randominit", "diffinit", "first_models", "initial_models",
+             "memory_layout"}
 # Differences in these make any two lines of a panel unequal, whatever their methods.
 FAIRNESS = {"epochs", "init", "pretrain_epochs", "pretrain_seed", "partition_seed", "phase", "train_samples",
             "test_samples", "holdout", "width_multiplier"}

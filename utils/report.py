@@ -26,7 +26,7 @@ from utils.results import FREE, is_part
 from utils.topology import short_name
 
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
-IGNORED = FREE - {"imgntdir"} | {"seed", "initial_models", "memory_layout"}
+IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
 MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "bn_reset")

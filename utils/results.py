@@ -81,15 +81,17 @@ class RunFolder:
         if start and not self._state_file(start):
             raise ValueError(f"--merg_itr_init {start}: {path} has no state after iteration {start}; "
                              f"there is {self._kept() or 'none'} (--keep all keeps every one)")
-        self.begun = (path / "metrics.csv").exists()
-        if self.begun and not (resume or start) and self.finished < config["merg_itr"]:
+        begun = (path / "metrics.csv").exists()
+        if begun and not (resume or start) and self.finished < config["merg_itr"]:
             kind = "a shorter" if old.get("merg_itr") == self.finished else "an interrupted"
             raise ValueError(f"{path} holds {kind} run ({self.finished} of {config['merg_itr']} iterations are done): "
                              "give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
         elif old["merg_itr"] < config["merg_itr"] or start:
-            save_yaml(path / "config.yaml", old | {key: config[key] for key in ("merg_itr", "epochs")})
+            save_yaml(path / "config.yaml", old | {key: config[key] for key in ("merg_itr", "epochs", "launch")})
+        elif old.get("launch") != config.get("launch"):  # which is how a group that is started again knows its folder
+            save_yaml(path / "config.yaml", old | {"launch": config["launch"]})
 
     def __enter__(self) -> RunFolder:
         return self

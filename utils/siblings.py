@@ -16,12 +16,12 @@ import torch
 
 from utils.distributed import leave
 
-PARENT = "DIMAT_PARENT"  # in a sibling's environment: the process that started it
+PARENT = "DIMAT_PARENT"  # in a sibling's environment: the number of the process that started it
 
 
 def start(script: Path, argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
     """`python script argv` with these variables besides ours; it ends when this process does."""
-    return subprocess.Popen([sys.executable, str(script), *argv],
+    return subprocess.Popen([sys.executable, str(script), *argv], stdin=subprocess.PIPE,
                             env=os.environ | environment | {PARENT: str(os.getpid())})
 
 
@@ -32,11 +32,9 @@ def is_sibling() -> bool:
 
 def follow_parent() -> None:
     """From now on, end this process when the one that started it as a sibling is gone, however that ended."""
-    parent = os.environ.get(PARENT)
-    if parent:
+    if is_sibling():
         def watch() -> None:
-            while os.getppid() == int(parent):
-                time.sleep(0.5)
+            os.read(0, 1)  # nothing ever comes but the end of the pipe, when nobody holds its other end any more
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()

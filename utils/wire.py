@@ -45,12 +45,16 @@ def wire_bytes(like: State, wire: str) -> int:
     return sum(_size(piece) for value in like.values() for piece in _pieces(value, wire))
 
 
-def through(state: State, wire: str) -> State:
+def through(state: State, wire: str, packed: Tensor | None = None) -> State:
     """What the receiver gets: unpack(pack(state)), or in fp32 `state` itself. To send that on changes it no more.
+
+    packed: pack(state), where it is there already.
 
     Raises ValueError for an unknown `wire`.
     """
-    return state if wire == "fp32" else unpack(pack(state, wire), state, wire)
+    if wire == "fp32":
+        return state
+    return unpack(pack(state, wire) if packed is None else packed, state, wire)
 
 
 Piece = tuple[torch.dtype, int]

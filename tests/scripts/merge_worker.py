@@ -1,11 +1,11 @@
 """Some runs of main.py with its agents in one process, or dealt out over the processes of a launched group.
 
-As a program, started by a launcher: python merge_worker.py CHECKPOINTS FOLDER [poison] writes the runs below FOLDER and
-what each process did to FOLDER/process_<rank>.pt. `poison`: every process has noise for images of agents elsewhere.
+As a program, started by a launcher: python merge_worker.py CHECKPOINTS FOLDER CASES [poison] writes the runs of CASES
+(names, with commas) below FOLDER and what each process did to FOLDER/process_<rank>.pt. `poison`: every process has
+noise for images of agents elsewhere.
 """
 
 import dataclasses
-import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -80,9 +80,7 @@ def poison_others(agents) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     checkpoints, folder = map(Path, sys.argv[1:3])
-    cases, poison = list(CASES), sys.argv[3:] == ["poison"]
-    if poison:
-        cases = ["DIMAT ring all", "DIMAT ring local"]
+    cases, poison = sys.argv[3].split(","), sys.argv[4:] == ["poison"]
     seen, done = watch_the_wire(), {}
     with connect(AGENTS, torch.device("cpu"), "gloo", timeout=60) as network:
         if poison:
@@ -93,4 +91,3 @@ if __name__ == "__main__":
             main.run(o, network, torch.device("cpu"), "merge_worker")
             done[case] = dict(seen - before)
         torch.save({"agents": network.agents, "sent": done}, folder / f"process_{rank()}.pt")
-    assert all(itertools.chain([network.agents]))

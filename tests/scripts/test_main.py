@@ -131,7 +131,7 @@ def test_a_shorter_run_in_a_longer_ones_folder_changes_nothing(uninterrupted, ch
 def test_other_models_in_the_checkpoints_place_are_another_run(uninterrupted, checkpoints, tmp_path):
     other = broken(checkpoints, tmp_path, lambda copy, state: state["conv1.weight"].mul_(2))
     result = script("main", *RUN, f"--ckp={other}", cwd=uninterrupted.parents[9], check=False)
-    assert result.returncode == 2 and "initial_models" in result.stderr
+    assert result.returncode == 2 and "first_models" in result.stderr
 
 
 def test_options_without_effect_do_not_matter(checkpoints, tmp_path):

@@ -19,9 +19,9 @@ def model(i, iteration=0):
     return {"w": torch.full((4, 5), float(10 * iteration + i)), "count": torch.tensor(iteration)}
 
 
-def joined(agent, folder, timeout=0.0, staleness=0, run="run", fresh=False):
+def joined(agent, folder, timeout=0.0, staleness=0, run="run", fresh=False, overwrite=False):
     network = SharedFolder(agent, folder, timeout, staleness)
-    network.place = network.meet(run, [j for j in range(3) if j != agent], fresh)
+    network.place = network.meet(run, [j for j in range(3) if j != agent], 99, fresh, overwrite)
     return network
 
 
@@ -160,6 +160,51 @@ def test_runs_do_not_meet_and_agents_are_once(tmp_path):
     assert joined(0, tmp_path, run="c")._newest(0) == 1
     clear(tmp_path, "a")
     assert not (tmp_path / run_name("a")).exists() and file_of(tmp_path, 1, 1, "b").exists()
+
+
+def test_names_alone_are_not_believed(tmp_path, capsys):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    home = file_of(tmp_path, 1, 1).parent
+    (home / "iteration_005000.pt").write_bytes(b"")  # beyond the run's end
+    (home / "iteration_000009.pt").write_bytes(b"")
+    share(two, 1)
+    assert one.turn(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10, 1: 11}
+    assert "iteration_000009.pt: " in capsys.readouterr().out
+    one.timeout = 0.3
+    for iteration, waits in ((2, True), (3, False)):  # neither of them comes
+        began = time.monotonic()
+        share(one, iteration)
+        assert (time.monotonic() - began >= 0.3) == waits
+    share(two, 2)  # a sign of life, whatever else lies there
+    began = time.monotonic()
+    share(one, 4)
+    assert time.monotonic() - began >= 0.3
+
+
+def test_on_one_way_edges_a_sender_may_be_far_ahead(tmp_path):
+    """A model stays until its reader has gone on, even if its owner has nobody to wait for."""
+    one_way = np.array([[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]])  # 0 takes of 1, 1 of 2, 2 of 0
+    ahead, behind = joined(1, tmp_path, staleness=9), joined(0, tmp_path)
+    ahead.staleness = 0
+    for iteration in (1, 2, 3):
+        share(ahead, iteration, mixing=one_way)
+    for iteration in (1, 2, 3):
+        assert values(share(behind, iteration, mixing=one_way))[1] == 10 * iteration + 1 and not behind.old
+    for iteration in (4, 5):
+        share(ahead, iteration, mixing=one_way)
+    assert sorted(ahead._published(1)) == [3, 4, 5]  # of what has been read, only what is recent
+    for iteration in range(6, 12):
+        share(ahead, iteration, mixing=one_way)
+    assert sorted(ahead._published(1)) == [8, 9, 10, 11]  # and for a dead reader not all
+
+
+def test_who_starts_afresh_is_told_of_others_that_have_not(tmp_path):
+    first, second = joined(0, tmp_path), joined(1, tmp_path)
+    share(first, 3), share(second, 3)
+    first.place.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="holds models of agent 1"):
+        joined(0, tmp_path, overwrite=True)
+    assert file_of(tmp_path, 0, 3).exists()
 
 
 def test_who_begins_has_published_nothing(tmp_path):
