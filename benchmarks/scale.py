@@ -1,6 +1,6 @@
 """How a merge grows with the number of agents: time, memory, forward passes and bytes on the wire.
 
-    python -m benchmarks.scale                 about six minutes
+    python -m benchmarks.scale                 about five minutes
     python -m benchmarks.scale --quick         under a minute
     python -m benchmarks.scale --methods DIMAT --match_memory 0.01      edges taken in blocks
 
@@ -224,7 +224,7 @@ def main() -> None:
     size = wire_bytes(Network().state_dict(), "fp32")
     print(f"models of {size:,} bytes, {options.images} images in batches of {BATCH}, one thread, torch "
           f"{torch.__version__}\n")
-    print(f"{'graph':<14}{'method':<13}{'agents':>6}{'edges':>8}{'seconds':>9}{'ms/edge':>9}{'ratio':>7}{'MB':>9}"
+    print(f"{'graph':<15}{'method':<12}{'agents':>6}{'edges':>8}{'seconds':>9}{'ms/edge':>9}{'ratio':>7}{'MB':>9}"
           f"{'kB/edge':>9}{'ratio':>7}{'passes':>12}{'sent MB':>14}")
     for graph in options.graphs:
         for method in options.methods:

@@ -47,8 +47,9 @@ def script(name: str, *arguments: str, cwd: Path, check: bool = True) -> Result:
 
 def process(name: str, *arguments: str, cwd: Path, stdout: Any = subprocess.PIPE, **how: Any) -> subprocess.Popen:
     """A real process, for those who want to kill it; one thread, its lines on a pipe."""
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd)}
     return subprocess.Popen([sys.executable, "-m", name, *arguments], cwd=cwd, text=True, stdout=stdout,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **how)
+                            env=os.environ | ours, **how)
 
 
 @contextlib.contextmanager
