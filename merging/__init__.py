@@ -173,7 +173,7 @@ def merge(
             stats.extend(_match_stats(spec, found, pairs, correlations))
         return found
 
-    matched = match(bases) if bases and local_batches is None else None
+    matched = match(bases) if bases and (local_batches is None or not way.reads_images) else None
     merged = {}
     for i in bases:
         permutations = match([i]) if matched is None else matched

@@ -6,6 +6,7 @@ Git Re-Basin, section 3.1).
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -103,8 +104,8 @@ def match_activations(
 ) -> dict[Edge, Permutations]:
     """Permutations between models from the correlation of their activations on the same images.
 
-    Every model that occurs in an edge goes through the images once, in evaluation mode, however many edges it is in.
-    `model` gives the architecture and is not changed.
+    Every model that occurs in an edge goes through the images once (once per block), in evaluation mode, however many
+    edges it is in. `model` gives the architecture and is not changed.
 
     Args:
         spec: the permutation groups of `model`.
@@ -129,7 +130,8 @@ def match_activations(
         return {}
     reader = FeatureReader(model, spec, at, device_of(states[edges[0][0]]))
     blocks_of_units = set(spec.blocks.values())  # matched by what they hold, if they are read nowhere themselves
-    blocks = list(_blocks(edges, _bytes_per_edge(spec, at), match_memory))
+    length = len(edges) if match_memory is None else max(1, match_memory // max(1, _bytes_per_edge(spec, at)))
+    blocks = [edges] if length >= len(edges) else list(_blocks(edges, length))
     if len(blocks) > 1:
         say(
             f"matching: the accumulators of {len(edges)} edges exceed match_memory={match_memory} bytes: "
@@ -155,11 +157,31 @@ def _bytes_per_edge(spec: PermutationSpec, at: str) -> int:
     return sum(8 * units**2 * (len(spec.reads[group]) if at == "all" else 1) for group, units in spec.sizes.items())
 
 
-def _blocks(edges: list[Edge], bytes_per_edge: int, limit: int | None) -> Iterator[list[Edge]]:
-    """The edges in runs whose accumulators fit into `limit` bytes, at least one edge in each."""
-    length = len(edges) if limit is None else max(1, limit // max(1, bytes_per_edge))
-    for start in range(0, len(edges), length):
-        yield edges[start : start + length]
+def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
+    """The edges in blocks of `length` in which few models occur: each of a block's models goes through the images.
+
+    Greedy: the model that comes next has the most edges to those that the block has already.
+    """
+    left: dict[int, set[int]] = {agent: set() for edge in edges for agent in edge}
+    for i, j in edges:
+        left[i].add(j)
+        left[j].add(i)
+    while left:
+        block: list[Edge] = []
+        inside: set[int] = set()
+        ties: Counter[int] = Counter()  # to the models inside
+        while left and len(block) < length:
+            new = max(ties, key=lambda agent: (ties[agent], -agent)) if ties else next(iter(left))
+            ties.pop(new, None)
+            inside.add(new)
+            for other in sorted(left[new] & inside)[: length - len(block)]:
+                block.append((min(new, other), max(new, other)))
+                for a, b in ((new, other), (other, new)):
+                    left[a].remove(b)
+                    if not left[a]:
+                        del left[a]
+            ties.update(left.get(new, set()) - inside)
+        yield sorted(block)
 
 
 @torch.no_grad()
@@ -183,6 +205,7 @@ def _correlations(
                     for correlation, *reads in zip(correlations[group], *of_group, strict=True)
                 ]
             run_all(updates)
+            del features, updates  # before those of the next batch are there
     return correlations
 
 

@@ -238,6 +238,20 @@ def consensus_distance(states: Sequence[dict[str, Tensor]], parameters: Iterable
     return math.sqrt(total)
 
 
+def accuracy_matrix(evaluations: Sequence[Evaluation], test_parts: Sequence[np.ndarray]) -> np.ndarray:
+    """(agents, N + 1): each agent's accuracy on the test images of each part, and on all; NaN for a part without any.
+
+    One product for all of them: a thousand agents have a million entries.
+    """
+    correct = torch.stack([e.correct for e in evaluations]).cpu().numpy().astype(np.float64)
+    belongs = np.zeros((correct.shape[1], len(test_parts) + 1))
+    for j, part in enumerate(test_parts):
+        belongs[part, j] = 1
+    belongs[:, -1] = 1
+    with np.errstate(invalid="ignore"):
+        return 100 * (correct @ belongs / belongs.sum(axis=0))
+
+
 def record_agents(folder: RunFolder, iteration: int, phase: str, agents: Sequence[int],
                   evaluations: Sequence[Evaluation], of_average: Evaluation | None, test_parts: Sequence[np.ndarray],
                   began: float, stats: Sequence[EpochStats | None], *, consensus_distance: float | None,
@@ -254,7 +268,7 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, agents: Sequenc
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"agent {i}, iteration {iteration} ({phase}): the test loss is {evaluation.loss}; "
                            "the run folder keeps what was finished before")
-    matrix = np.array([[e.accuracy(part) for part in test_parts] + [e.accuracy()] for e in evaluations])
+    matrix = accuracy_matrix(evaluations, test_parts)
     seconds = time.perf_counter() - began
     folder.record(iteration, phase, [{
         "agent": i, "test_accuracy": e.accuracy(), "test_loss": e.loss,

@@ -9,8 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from merging import activation_matching
-from merging.activation_matching import Correlation, match_activations
+from merging.activation_matching import Correlation, _blocks, match_activations
 from merging.permutation import derive_spec, permute, random_permutations
+from utils.topology import make_topology
 
 
 def oracle(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
@@ -210,3 +211,19 @@ def test_without_float64_sums_are_kept_on_the_cpu(monkeypatch):
     monkeypatch.setattr(activation_matching, "wide_dtype", lambda device: torch.float32)
     correlation = streamed({0: torch.randn(50, 3), 1: torch.randn(50, 3)}, [(0, 1)])
     assert correlation.products[0, 1].dtype == torch.float64 and correlation.between(0, 1).device.type == "cpu"
+
+
+@pytest.mark.parametrize("length", [1, 3, 50, 10_000])
+@pytest.mark.parametrize("name", ["ring", "exponential", "random", "star"])
+def test_blocks_hold_every_edge_once_and_few_models(name, length):
+    connectivity = np.triu(make_topology(name, 40).connectivity)
+    edges = [(int(i), int(j)) for i, j in zip(*np.nonzero(connectivity), strict=True)]
+    blocks = list(_blocks(edges, length))
+    assert sorted(edge for block in blocks for edge in block) == edges
+    assert [len(block) for block in blocks[:-1]] == [length] * (len(blocks) - 1)
+    in_order = [edges[k : k + length] for k in range(0, len(edges), length)]
+    passes, plain = (sum(len({agent for edge in block for agent in edge}) for block in some)
+                     for some in (blocks, in_order))
+    assert passes <= plain * 1.1
+    if name == "exponential" and length == 50:
+        assert passes < 0.8 * plain
