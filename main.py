@@ -41,8 +41,7 @@ from utils.distributed import (
     rank,
     taken,
 )
-from utils.exchange import SharedFolder
-from utils.exchange import clear as forget
+from utils.exchange import SharedFolder, forget
 from utils.faults import Faults, surviving, without
 from utils.files import circumstances, claim, clear, load_yaml
 from utils.memory import keep_freed_memory
@@ -362,7 +361,8 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         return made_with, fleet
 
     def open_folder() -> RunFolder | None:
-        config = vars(o) | circumstances(command) | {"first_models": digest_of_all(digests)}
+        config = vars(o) | circumstances(command) | {
+            "first_models": digest_of_all(digests), "exchanged_by": matter["exchanged_by"]}
         if read := matrices(o.topology, fleet.topology):
             config["pi"] = read
         return open_run(o, network, path, config, matter, start=o.merg_itr_init)
@@ -464,15 +464,15 @@ def run_agents(o: Namespace, argv: Sequence[str]) -> Path:
     made_with = settle_options(o, [0])[1]
     topology = topology_to_merge_over(o)
     path = run_folder(vars(o), options_that_matter(o, made_with))
-    exchange = o.exchange or f"folder:{path / 'exchange'}"
+    exchange = Path(o.exchange or path / "exchange")
     name = name_for_others(o, path, topology)
     agents = range(o.num_models)
     with claim(path):
         if o.overwrite:
             clear(path)
         if not any((path / f"agent_{i}").exists() for i in agents):  # then it is of a run that was deleted
-            forget(Path(exchange.removeprefix("folder:")), name)
-        processes = [start(Path(__file__), [*argv, "--processes=0", f"--agent={i}", f"--exchange={exchange}",
+            forget(exchange, name)
+        processes = [start(Path(__file__), [*argv, "--processes=0", f"--agent={i}", f"--exchange=folder:{exchange}",
                                             "--overwrite=False"],
                            {"OMP_NUM_THREADS": str(threads_each(o.num_models)), "TQDM_DISABLE": "1"}) for i in agents]
         try:
@@ -484,7 +484,7 @@ def run_agents(o: Namespace, argv: Sequence[str]) -> Path:
             raise ValueError(f"agents {failed} did not finish; the same command (without --overwrite) "
                              f"brings them back. What there is lies in {path}")
         collect(path)
-        forget(Path(exchange.removeprefix("folder:")), name)
+        forget(exchange, name)
     return path
 
 
@@ -513,8 +513,8 @@ def main(argv: list[str] | None = None) -> int:
         if o.processes:
             return run_agents(o, argv)
         if o.agent is not None:
-            folder = Path(o.exchange.removeprefix("folder:"))
-            return run(o, SharedFolder(o.agent, folder, o.timeout, o.staleness), pick_device(o.device), command)
+            network = SharedFolder(o.agent, Path(o.exchange), o.timeout, o.staleness)
+            return run(o, network, pick_device(o.device), command)
         if workers == 1:
             return run_in_group()
         checked = copy.copy(o)  # what is wrong is better said before they are started

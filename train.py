@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 import sys
@@ -21,7 +19,17 @@ from data.partition import PARTITIONS, make_partition
 from models import MODELS, build_model
 from utils import training
 from utils.checkpoint import check_state, checkpoint_folder
-from utils.files import circumstances, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.files import (
+    circumstances,
+    claim,
+    clear,
+    load_tensors,
+    load_yaml,
+    read_rows,
+    save_rows,
+    save_tensors,
+    save_yaml,
+)
 from utils.memory import keep_freed_memory
 from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
@@ -142,18 +150,6 @@ def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[s
     return dict(zip(COLUMNS, (agent, train.accuracy(), train.loss, test.accuracy(own), test.accuracy()), strict=True))
 
 
-def read_rows(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: int(row["agent"])))
-    save_text(path, text.getvalue())
-
-
 def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
     """Give the claimed checkpoint folder its config.yaml; refuse one that was made with other options."""
     if o.overwrite:
@@ -205,7 +201,7 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
             save_tensors(file, {k: t.cpu() for k, t in training.snapshot(trainer.model).items()})
         (folder / f"partial_{agent}.pt").unlink(missing_ok=True)
         rows.append(row)
-        write_rows(table, rows)
+        save_rows(table, COLUMNS, sorted(rows, key=lambda row: int(row["agent"])))
         print(f"agent {agent}: {len(parts[agent])} images, train {row['train_accuracy']:.2f} %, "
               f"test: own classes {row['own_classes_accuracy']:.2f} %, all {row['all_classes_accuracy']:.2f} %")
 

@@ -5,6 +5,7 @@ import csv
 import importlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def children(process: int) -> list[int]:
     """A process's children as they were started: a launcher's, in order of their rank."""
     listed = Path(f"/proc/{process}/task/{process}/children")
     return sorted(map(int, listed.read_text().split())) if listed.exists() else []
+
+
+def folder_of(said: Result | str, home: Path) -> Path:
+    """The run folder that a script named last, run in `home`."""
+    printed = said if isinstance(said, str) else said.stdout
+    return home / re.findall("^results: (.*)$", printed, re.MULTILINE)[-1]
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -6,18 +6,16 @@ empty, as do the rows of iterations that an agent was away for.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from utils.checkpoint import digest_of_all
-from utils.files import claim, load_tensors, load_yaml, save_tensors, save_text, save_yaml
+from utils.files import claim, load_tensors, load_yaml, read_rows, save_rows, save_tensors, save_yaml
 from utils.options import parser
-from utils.results import FREE, is_part
+from utils.results import FREE, PHASES, is_part
 from utils.scripts import run_script
-
-PHASES = ("initial", "merged", "trained")  # in the order in which an iteration writes them
 
 
 def collect(path: Path) -> Path:
@@ -38,8 +36,9 @@ def collect(path: Path) -> Path:
                                  f"{first.get(key)}: they are not of one run")
     if missing := set(range(first["num_models"])) - parts.keys():
         print(f"note: {path} has nothing of agents {', '.join(map(str, sorted(missing)))}")
-    _join_tables(path, parts, "metrics.csv", lambda row: (int(row["iteration"]), PHASES.index(row["phase"]),
-                                                          int(row["agent"])))
+    if not _join_tables(path, parts, "metrics.csv", lambda row: (
+            int(row["iteration"]), PHASES.index(row["phase"]), int(row["agent"]))):
+        raise ValueError(f"{path}: the agents have no figures yet")
     _join_tables(path, parts, "merge_stats.csv", lambda row: (int(row["iteration"]), int(row["agent"])))
     for name in {file.name for part in parts.values() for file in part.glob("accuracy_matrix/*.csv")}:
         _join_tables(path, parts, f"accuracy_matrix/{name}", lambda row: int(row["agent"]))
@@ -51,19 +50,12 @@ def collect(path: Path) -> Path:
     return path
 
 
-def _join_tables(path: Path, parts: dict[int, Path], name: str, order) -> None:
-    """The rows of all parts' CSV files of this name, if they have one, in `order`."""
-    rows = [row for part in parts.values() if (part / name).exists()
-            for row in csv.DictReader((part / name).open(newline=""))]
-    if not rows:
-        if name == "metrics.csv":
-            raise ValueError(f"{path}: the agents have no figures yet")
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=order))
-    save_text(path / name, text.getvalue())
+def _join_tables(path: Path, parts: dict[int, Path], name: str, order: Callable[[dict[str, str]], Any]) -> bool:
+    """The rows of all parts' CSV files of this name in `order`. Whether there are any."""
+    rows = [row for part in parts.values() for row in read_rows(part / name)]
+    if rows:
+        save_rows(path / name, list(rows[0]), sorted(rows, key=order))
+    return bool(rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -213,7 +213,7 @@ def run_name(run: str) -> str:
     return hashlib.sha256(run.encode()).hexdigest()[:12]
 
 
-def clear(folder: Path, run: str) -> None:
+def forget(folder: Path, run: str) -> None:
     """Delete everything of a run, and the folder itself if there is no other."""
     shutil.rmtree(folder / run_name(run), ignore_errors=True)
     with contextlib.suppress(OSError):

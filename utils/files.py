@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +75,20 @@ def save_text(path: Path, text: str) -> None:
 
 def save_yaml(path: Path, content: dict) -> None:
     save_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def save_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file of these columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none when there is no such file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def load_yaml(path: Path) -> dict:

@@ -33,10 +33,10 @@ def boolean(text: str) -> bool:
 
 
 def exchange(text: str) -> str:
-    """folder:PATH"""
+    """The path in folder:PATH."""
     if not text.startswith("folder:") or text == "folder:":
         raise argparse.ArgumentTypeError(f"'{text}' is no place to exchange models: give folder:PATH")
-    return f"folder:{Path(text.removeprefix('folder:')).expanduser()}"
+    return str(Path(text.removeprefix("folder:")).expanduser())
 
 
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):

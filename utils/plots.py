@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, write_atomically
-from utils.results import FREE, is_part
+from utils.results import FREE, PHASES, is_part
 from utils.topology import short_name
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
@@ -35,7 +35,6 @@ OTHER_MARKERS = ("D", "v", "P", "X", "<", ">", "*", "h")
 LINESTYLES = ("-", "--", "-.", ":")
 LABELS = {"NONE": "agents alone"}
 ALONE = "NONE"
-PHASES = ("initial", "merged", "trained")  # in the order they have within an iteration
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from utils.topology import short_name
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
+LATER = ("wire", "link_failure", "agent_failure", "staleness")
 MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "bn_reset")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*num_epochs_(\d+)/(?:([^/]+)/)?random_seed_(\d+)/*$")
 MISSING = "\N{EN DASH}"
@@ -75,7 +76,9 @@ def hashable(option: Any) -> Hashable:
 
 def comparable(config: dict[str, Any]) -> dict[str, Hashable]:
     """A config.yaml's options with None for what has no say, lists as a short name, and the pre-training's."""
-    options = {str(key): hashable(option) for key, option in config.items()}
+    # What a config.yaml of main.py lacks is older than the option.
+    later = {} if "num_epochs" in config else {key: REFERENCE[key] for key in LATER}
+    options = later | {str(key): hashable(option) for key, option in config.items()}
     options["topology"] = short_name(str(options.get("topology")))
     if options.get("imgntdir"):
         name = Path(str(options["imgntdir"])).name

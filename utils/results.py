@@ -27,6 +27,7 @@ from utils.training import Diverged, EpochStats, Evaluation
 METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
            "consensus_distance", "average_model_accuracy", "samples", "steps", "seconds", "bytes_sent",
            "bytes_received", "took_part", "merged_with")
+PHASES = ("initial", "merged", "trained")  # in the order in which an iteration writes them
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
@@ -88,10 +89,12 @@ class RunFolder:
                              "give --resume to continue it, or --overwrite to delete it")
         if not old:
             save_yaml(path / "config.yaml", config)
-        elif old["merg_itr"] < config["merg_itr"] or start:
-            save_yaml(path / "config.yaml", old | {key: config[key] for key in ("merg_itr", "epochs", "launch")})
-        elif old.get("launch") != config.get("launch"):  # which is how a group that is started again knows its folder
-            save_yaml(path / "config.yaml", old | {"launch": config["launch"]})
+        else:
+            length = ("merg_itr", "epochs") if old["merg_itr"] < config["merg_itr"] or start else ()
+            # `launch` is how a group that is started again knows its folder.
+            now = old | {key: config.get(key) for key in (*length, "launch")}
+            if now != old:
+                save_yaml(path / "config.yaml", now)
 
     def __enter__(self) -> RunFolder:
         return self

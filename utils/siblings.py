@@ -40,19 +40,24 @@ def follow_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def end(processes: Sequence[subprocess.Popen], patience: float) -> None:
-    """Wait so many seconds for them to end by themselves, then end them."""
-    until = time.monotonic() + patience
-    for ask in (lambda process: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+Asking = tuple[Callable[[subprocess.Popen], object], float]
+
+
+def end_by(processes: Sequence[subprocess.Popen], asking: Sequence[Asking]) -> None:
+    """Ask those that still run, wait so many seconds, and ask the rest in the next way."""
+    for ask, patience in asking:
         for process in processes:
             if process.poll() is None:
                 ask(process)
-        for process in processes:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
-        until = time.monotonic() + 3
+        until = time.monotonic() + patience
+        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def end(processes: Sequence[subprocess.Popen], patience: float) -> None:
+    """Wait so many seconds for them to end by themselves, then end them."""
+    end_by(processes, [(lambda process: None, patience), (subprocess.Popen.terminate, 3.0),
+                       (subprocess.Popen.kill, 3.0)])
 
 
 def wait_for_all(processes: Sequence[subprocess.Popen], say: Callable[[int, int], None]) -> list[int]:

@@ -21,6 +21,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from utils.checkpoint import checkpoint_folder
 from utils.files import load_yaml
 from utils.options import Formatter, boolean, number
 from utils.progress import say
+from utils.siblings import end_by
 
 SCRIPTS = ("train", "main", "base_lines")
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,16 +282,15 @@ def _start(job: Job, folder: Path, env: dict[str, str]) -> subprocess.Popen:
                                 start_new_session=True)
 
 
+def _signal(number: int, process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
 def _end(processes: Sequence[subprocess.Popen]) -> None:
     """Ask, then insist: a launcher that is killed at once would leave its workers behind."""
-    for sent, patience in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0)):
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, sent)
-        end = time.monotonic() + patience
-        while any(process.poll() is None for process in processes) and time.monotonic() < end:
-            time.sleep(0.05)
+    insisting = ((signal.SIGINT, PATIENCE), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0))
+    end_by(processes, [(partial(_signal, number), patience) for number, patience in insisting])
 
 
 def _counts(jobs: Sequence[Job]) -> str:

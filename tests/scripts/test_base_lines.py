@@ -14,15 +14,11 @@ import torch
 
 from base_lines import batch_stream, make_parser, steps_of_an_epoch
 from data.datasets import load_dataset
-from tests.helpers import TINY, children, equal_runs, launched, process, rows_of, script, wait_for
+from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
 from utils.topology import Topology, push_weights
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
 RUN = [*START, "--epochs=4"]
-
-
-def folder_of(printed: str, home: Path) -> Path:
-    return home / next(line for line in printed.splitlines() if line.startswith("results: ")).removeprefix("results: ")
 
 
 def finished(*launcher: str, arguments: list[str], home: Path) -> tuple[int, str]:

@@ -14,16 +14,12 @@ import torch
 import yaml
 
 from data.datasets import load_dataset
-from tests.helpers import equal_runs, process, rows_of, script
+from tests.helpers import equal_runs, folder_of, process, rows_of, script
 from train import LocalTrainer
 from utils.files import claim
 from utils.topology import make_topology
 
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
-
-
-def folder_of(result, home: Path) -> Path:
-    return home / result.stdout.splitlines()[-1].removeprefix("results: ")
 
 
 @pytest.fixture(scope="module")

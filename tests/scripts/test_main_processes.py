@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import TINY, children, equal_runs, launched, process, rows_of, script, wait_for
+from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
 from utils.wire import wire_bytes
 
@@ -21,10 +21,6 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds t
 torchrun = ("torch.distributed.run", "--standalone")
 RUN = [*TINY, "--num_models=3", "--randominit", "--diffinit", "--exp=2", "--opt=WA", "--merg_itr=4", "--training",
        "--epochs=1", "--batch_size=20", "--test_samples=100"]
-
-
-def folder_of(printed: str, home: Path) -> Path:
-    return home / re.findall("^results: (.*)$", printed, re.M)[-1]
 
 
 def run_below(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.exchange import SharedFolder, clear, run_name
+from utils.exchange import SharedFolder, forget, run_name
 from utils.files import save_tensors
 from utils.topology import make_topology
 
@@ -158,7 +158,7 @@ def test_runs_do_not_meet_and_agents_are_once(tmp_path):
     share(again, 1)
     again.place.__exit__(None, None, None)
     assert joined(0, tmp_path, run="c")._newest(0) == 1
-    clear(tmp_path, "a")
+    forget(tmp_path, "a")
     assert not (tmp_path / run_name("a")).exists() and file_of(tmp_path, 1, 1, "b").exists()
 
 

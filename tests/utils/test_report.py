@@ -396,3 +396,12 @@ def test_the_command_runs_and_its_help_teaches(add, tmp_path):
     help_ = subprocess.run([*command, "-h"], capture_output=True, text=True).stdout
     assert "example:\n  python -m utils.report results/" in help_
     assert "iteration K (0: the start) (default: final)" in " ".join(help_.split())
+
+
+def test_a_run_that_is_older_than_an_option_had_its_usual_value(add, report):
+    add("older", [10, 60])
+    add("newer", [10, 62], seed=1, wire="fp32", link_failure=0.0, agent_failure=0.0, staleness=0, first_models="x")
+    add("failing", [10, 50], wire="fp32", link_failure=0.2, agent_failure=0.0, staleness=0)
+    table, _, _ = report("--cols", "data_dist")
+    assert [(row[0].replace(" ", ""), row[1][:5]) for row in table[1:]] == [
+        ("DIMAT(link_failure=0.0)", "61.00"), ("DIMAT(link_failure=0.2)", "50.00")]
