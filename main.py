@@ -10,7 +10,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ import torch
 from data.batches import Batches
 from data.datasets import DATASETS, class_balanced
 from data.partition import PARTITIONS
-from merging import METHODS, merge, outgoing
+from merging import METHODS, match_stats, merge, outgoing
+from merging.activation_matching import PRIORS
 from merging.averaging import weighted_average
-from merging.permutation import PermutationSpec, derive_spec
+from merging.common_basis import CommonBasis, Turns, align, universe
+from merging.permutation import PermutationSpec, derive_spec, permute
 from models import MODELS, infer_width
 from train import LocalTrainer, fill_defaults, load_agents_data, new_model
 from utils import training
@@ -74,6 +76,7 @@ class Fleet:
     states: dict[int, State]
     samples: dict[int, int]
     steps: dict[int, int]
+    aligned: set[int] = field(default_factory=set)  # agents here that have the common order of units
 
     @cached_property
     def faults(self) -> Faults:
@@ -99,6 +102,21 @@ class Fleet:
         return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
                        make_generator=lambda: generator(o.seed, agent, iteration, "match"))
 
+    @cached_property
+    def basis(self) -> CommonBasis:
+        return CommonBasis(self.weights, self.o.num_models, self.o.root, self.o.align_every)
+
+    def turns(self, iteration: int, takes: np.ndarray) -> Turns:
+        """Whom the agents wait for and align themselves to before they lend their models in this iteration."""
+        if not METHODS[self.method].aligned:
+            return Turns()
+        turns = self.basis.at(iteration)
+        self.aligned |= {*turns.roots} & self.states.keys()
+        # Of agents on their own, who begins late or had nobody to align itself to takes before it gives.
+        late = {i: np.flatnonzero(takes[i]).tolist() for i in self.states.keys() - self.aligned - turns.towards.keys()
+                if self.basis.of[i] >= 0 and takes[i].any()}
+        return Turns({**turns.towards, **late}, turns.roots)
+
     def merge(self, iteration: int, stats: list[dict]) -> dict[int, str]:
         """x_i <- sum_j w_ij P_ij(x_j) for every agent i here; `stats` gets a row for all that was matched.
 
@@ -115,25 +133,71 @@ class Fleet:
         else:
             images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
             data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
-        method = "WA" if o.opt == ALONE else o.opt
-        lent = {i: outgoing(model, self.states[i], images[i], method, o.bn_reset) for i in merging}
-        models = network.share(iteration, lent, weights, o.wire, like=model.state_dict())
+        turns = self.turns(iteration, takes)
+        compared = METHODS[self.method].reads_images or bool(turns.towards)
+        at_once = o.align == "at_once" and bool(turns.towards)
+        models: dict[int, State] = {}
+        network.old.clear()
+        for wave in Turns().waves(o.num_models) if at_once else turns.waves(o.num_models):
+            lent = {i: outgoing(model, self.states[i], images[i], o.bn_reset, compared) for i in merging if i in wave}
+            for i in lent.keys() & turns.towards.keys() if not at_once else ():
+                references = [j for j in turns.towards[i] if j in models]
+                if references:
+                    lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
+            models |= network.share(iteration, lent, np.where(np.isin(range(o.num_models), wave), weights, 0), o.wire,
+                                    like=model.state_dict())
+        if at_once:
+            models = self.align_at_once(models, turns.roots[0], images[merging[0]], stats)
         weights = without(weights, [j for j in range(o.num_models) if j not in models])
         merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
         try:
-            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=method, model=model,
-                           spec=self.spec, bn_reset="none" if o.bn_reset == "none" else "after", match_at=o.match_at,
-                           match_memory=int(o.match_memory * 2**30), stats=stats, agents=merging, **data)
+            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method, model=model,
+                           spec=self.spec, bn_reset="after" if o.bn_reset == "both" else o.bn_reset,
+                           match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
+                           agents=merging, **data)
         except ValueError as error:
             raise ValueError(f"iteration {iteration}: {error}") from error
         self.states |= {i: merged[i] for i in merging}
         names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
         return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
 
+    def align(self, i: int, state: State, references: list[int], models: dict[int, State], weights: np.ndarray,
+              images: Batches, stats: list[dict]) -> State:
+        """Agent i's model in the order of units of `references`, among the models that have come."""
+        correlations: list[dict[str, float]] = []
+        found = align(self.spec, self.trainer.model, state, [models[j] for j in references],
+                      [weights[i, j] for j in references], images, correlations=correlations, at=self.o.match_at,
+                      prior=self.o.match_prior, match_memory=self.match_memory)
+        for j, of_pair in zip(references, correlations, strict=True):
+            stats += match_stats(self.spec, i, j, found, of_pair)
+        self.aligned.add(i)
+        self.states[i] = permute(self.spec, found, self.states[i])
+        return permute(self.spec, found, state)
+
+    def align_at_once(self, models: dict[int, State], root: int, images: Batches,
+                      stats: list[dict]) -> dict[int, State]:
+        """Everybody's models in one order of units, that of `root`; the same in every process."""
+        correlations: dict[tuple[int, int], dict[str, float]] = {}
+        found = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], images, root=root,
+                         correlations=correlations, at=self.o.match_at, match_memory=self.match_memory)
+        for (i, j), of_pair in correlations.items():
+            stats += [row for a, b in ((i, j), (j, i)) for row in match_stats(self.spec, a, b, found[a], of_pair)]
+        self.aligned |= self.states.keys()
+        return {j: permute(self.spec, found[j], models[j]) for j in sorted(models)}
+
+    @property
+    def match_memory(self) -> int:
+        return int(self.o.match_memory * 2**30)
+
+    @property
+    def method(self) -> str:
+        """Agents alone merge nothing, in whatever way."""
+        return "WA" if self.o.opt == ALONE else self.o.opt
+
     @cached_property
     def spec(self) -> PermutationSpec | None:
         """The permutation groups, for the methods that permute."""
-        if self.o.opt in (ALONE, "WA"):
+        if not (METHODS[self.method].permutes or METHODS[self.method].aligned):
             return None
         dataset = self.trainer.dataset
         example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
@@ -207,7 +271,8 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
         evaluations, up = fleet.evaluate(), fleet.up(iteration) if iteration else fleet.states
         last = record(folder, network, fleet.trainer, fleet.test_parts, iteration, phase, began, {
             i: {"state": state, "evaluation": evaluations[i], "stats": stats.get(i), "samples": fleet.samples[i],
-                "steps": fleet.steps[i], "bytes_sent": 0, "bytes_received": 0, "took_part": int(i in up)}
+                "steps": fleet.steps[i], "bytes_sent": 0, "bytes_received": 0, "took_part": int(i in up),
+                "aligned": i in fleet.aligned}
             | {key: values[i] for key, values in figures.items()} for i, state in fleet.states.items()})
         if folder and iteration:
             folder.record_merge(iteration, [row for rows in last.get("matched", ()) for row in rows])
@@ -228,7 +293,8 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
     def commit(iteration: int, phase: str) -> None:
         if folder:
             folder.commit({"iteration": iteration, "phase": phase, "agents": list(network.recorded),
-                           "samples": last["samples"], "steps": last["steps"], "states": last["state"]},
+                           "samples": last["samples"], "steps": last["steps"], "aligned": last["aligned"],
+                           "states": last["state"]},
                           keep=o.keep == "all")
 
     last: dict[str, list] = {}
@@ -305,13 +371,19 @@ def start_that_matters(o: Namespace, made_with: dict) -> dict:
 
 def options_that_matter(o: Namespace, made_with: dict) -> dict:
     """What changes this run's results and is not a level of its path already; None where it has no say."""
-    matches, merges = o.opt == "DIMAT", o.opt != ALONE
+    merges = o.opt != ALONE
+    aligns = merges and METHODS[o.opt].aligned
+    matches = aligns or (merges and METHODS[o.opt].reads_images)
     trains = {} if o.training else dict.fromkeys(("epochs", "optim", "lr", "momentum", "weight_decay", "amp"))
     return vars(o) | trains | {
         "match_data": o.match_data if merges and (matches or o.bn_reset != "none") else None,
         "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
         "match_at": o.match_at if matches else None,
+        "match_prior": o.match_prior if o.opt == "DIMAT" or (aligns and o.align_every) else None,
+        "align": o.align if aligns else None,
+        "align_every": o.align_every if aligns else None,
+        "root": o.root if aligns else None,
         "bn_reset": o.bn_reset if merges else None,
         "wire": o.wire if merges else None,
         "link_failure": o.link_failure if merges else None,
@@ -332,10 +404,24 @@ def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: d
 
 def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    check_alignment(o, topology)
     if not topology.is_doubly_stochastic:
         raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
                          "what they take to add up to one model")
     return topology
+
+
+def check_alignment(o: Namespace, topology: Topology) -> None:
+    """What --root and --align ask for must be there."""
+    if o.root is not None and o.root >= o.num_models:
+        raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
+    if o.opt != ALONE and METHODS[o.opt].aligned and o.align == "at_once":
+        together = topology.connectivity.sum() == o.num_models * (o.num_models - 1) and topology.draw is None
+        if not together or topology.schedule or o.match_data != "all":
+            raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "
+                             "--topology fully_connected and --match_data all (--align in_turn does without)")
+        if o.agent is not None or o.processes or o.agent_failure or o.link_failure:
+            raise ValueError("--align at_once needs all agents to be there: --align in_turn does without")
 
 
 def matrices(name: str, topology: Topology) -> list | None:
@@ -411,7 +497,8 @@ def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | Non
     if saved is None:
         return dict.fromkeys(network.recorded)
     alike = {key: saved[key] for key in ("iteration", "phase")}
-    of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory") if key in saved}
+    of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory", "aligned")
+               if key in saved}
     return {i: alike | {key: values[k] for key, values in of_each.items()} for k, i in enumerate(network.recorded)}
 
 
@@ -422,12 +509,14 @@ def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
         if share is not None:
             fleet.states[i] = {k: t.to(fleet.trainer.device) for k, t in share["state"].items()}
             fleet.samples[i], fleet.steps[i] = share["sample"], share["step"]
+            fleet.aligned |= {i} if share.get("aligned") else set()
             finished, phase = share["iteration"], share["phase"]
     return finished, phase
 
 
 def make_parser() -> ArgumentParser:
-    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, WIRES, BACKENDS)
+    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, PRIORS, WIRES,
+                       BACKENDS)
 
 
 def settle_processes(o: Namespace) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merging.activation_matching import Edge, match_activations
+from merging.activation_matching import PRIORS, Edge, match_activations
 from merging.averaging import State, weighted_average
 from merging.batch_norm import Batches, reestimate, tracked_norms
+from merging.common_basis import between, universe
 from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
 from merging.weight_matching import match_weights
 
@@ -29,24 +30,30 @@ MATCH_AT = ("last", "all")
 class Method:
     """A way to match models.
 
-    match(spec, model, states, pairs, batches, at=, match_memory=, correlations=) returns, for the pairs (i, j), the
-    permutations that take model j's units to model i's order; a pair it leaves out is averaged as it is. It may fill
-    `correlations`, (i, j) -> group -> mean correlation of the matched units.
+    match(spec, model, states, pairs, batches, at=, prior=, match_memory=, correlations=) returns, for the pairs (i, j),
+    the permutations that take model j's units to model i's order; a pair it leaves out is averaged as it is. It may
+    fill `correlations`, (i, j) -> group -> mean correlation of the matched units.
+    permutes: it needs the model's spec; reads_images: it needs the batches; jointly: what it finds for a pair depends
+    on the other pairs, so every agent's are asked for separately; aligned: models must have been brought into one basis
+    before (`merging.common_basis`).
     """
 
     match: Callable[..., dict[Edge, Permutations]]
     permutes: bool
     reads_images: bool
+    jointly: bool = False
+    aligned: bool = False
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register_method(name: str, *, permutes: bool = True, reads_images: bool = False) -> Callable[[Callable], Callable]:
-    """Adds a matching function to METHODS. permutes: it needs the model's spec; reads_images: it needs the batches."""
+def register_method(name: str, *, permutes: bool = True, reads_images: bool = False, jointly: bool = False,
+                    aligned: bool = False) -> Callable[[Callable], Callable]:
+    """Adds a matching function to METHODS, which see."""
 
     def register(match: Callable[..., dict[Edge, Permutations]]) -> Callable[..., dict[Edge, Permutations]]:
-        METHODS[name] = Method(match, permutes, reads_images)
+        METHODS[name] = Method(match, permutes, reads_images, jointly, aligned)
         return match
 
     return register
@@ -68,17 +75,30 @@ def match_by_weights(spec, model, states, pairs, batches, **unused: Any) -> dict
     return matched
 
 
+@register_method("C2M3", reads_images=True, jointly=True)
+def match_all_at_once(spec, model, states, pairs, batches, *, at, match_memory, correlations,
+                      **unused: Any) -> dict[Edge, Permutations]:
+    """Cycle-consistent matching of all models that one agent merges (C2M3)."""
+    agents = sorted({agent for pair in pairs for agent in pair})
+    of_pairs: dict[Edge, dict[str, float]] = {}
+    found = dict(zip(agents, universe(spec, model, [states[i] for i in agents], batches, at=at,
+                                      match_memory=match_memory, correlations=of_pairs), strict=True))
+    correlations |= {(agents[i], agents[j]): values for (i, j), values in of_pairs.items()}
+    return {(i, j): between(found[i], found[j]) for i, j in pairs}
+
+
+@register_method("COMMON", permutes=False, aligned=True)
 @register_method("WA", permutes=False)
 def match_nothing(spec, model, states, pairs, batches, **unused: Any) -> dict[Edge, Permutations]:
     """Weight averaging: every unit stays where it is."""
     return {}
 
 
-def outgoing(model: nn.Module, state: State, batches: Batches | None, method: str, bn_reset: str) -> State:
-    """What an agent lends its neighbours for a merge: its model, for bn_reset="both" and a method that compares
-    activations with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
-    # Only activations depend on running statistics: for the other methods it would change nothing.
-    return reestimate(model, state, batches) if bn_reset == "both" and METHODS[method].reads_images else state
+def outgoing(model: nn.Module, state: State, batches: Batches | None, bn_reset: str, compared: bool) -> State:
+    """What an agent lends its neighbours for a merge: its model, for bn_reset="both" and where its activations are to
+    be `compared` with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
+    # Only activations depend on running statistics: otherwise it would change nothing.
+    return reestimate(model, state, batches) if compared and bn_reset == "both" else state
 
 
 def merge(
@@ -91,6 +111,7 @@ def merge(
     spec: PermutationSpec | None = None,
     bn_reset: str = "both",
     match_at: str = "all",
+    match_prior: str = "none",
     match_memory: int | None = None,
     stats: list[dict[str, Any]] | None = None,
     agents: Collection[int] | None = None,
@@ -115,7 +136,7 @@ def merge(
         spec: its permutation groups; derived from the model and the first image when not given.
         bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
             agents' models before their activations are matched (local: each on its own images), as in the paper.
-        match_at, match_memory: see `match_activations`.
+        match_at, match_prior, match_memory: see `match_activations`.
         stats: a list that gets a row for every agent, neighbour and group: {agent, neighbour, group, units,
             correlation (mean over the matched units; None if not matched by activations), moved (share of the
             neighbour's units that change their place)}.
@@ -133,6 +154,8 @@ def merge(
         raise ValueError(f"unknown bn_reset {bn_reset!r}: choose from {', '.join(BN_RESETS)}")
     if match_at not in MATCH_AT:
         raise ValueError(f"unknown match_at {match_at!r}: choose from {', '.join(MATCH_AT)}")
+    if match_prior not in PRIORS:
+        raise ValueError(f"unknown match_prior {match_prior!r}: choose from {', '.join(PRIORS)}")
     way = METHODS[method]
     model, states = _model_and_states(models_or_states, model)
     weights = _mixing_matrix(weights, len(states))
@@ -162,18 +185,21 @@ def merge(
         spec = derive_spec(model, _first_image(images[bases[0]], next(model.parameters()).device))
     senders = list(states)
     for i in involved if resets_first else ():
-        senders[i] = outgoing(model, states[i], images[i], method, bn_reset)
+        senders[i] = outgoing(model, states[i], images[i], bn_reset, compared=True)
 
     def match(agents: list[int]) -> dict[Edge, Permutations]:
         pairs = [(i, j) for i in agents for j in sources[i] if j != i]
         correlations: dict[Edge, dict[str, float]] = {}
-        found = way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, match_memory=match_memory,
-                          correlations=correlations)
+        found = way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, prior=match_prior,
+                          match_memory=match_memory, correlations=correlations)
         if stats is not None and spec is not None:
-            stats.extend(_match_stats(spec, found, pairs, correlations))
+            for i, j in sorted(set(pairs) & found.keys()):
+                of_pair = correlations.get((i, j), correlations.get((j, i), {}))
+                stats.extend(match_stats(spec, i, j, found[i, j], of_pair))
         return found
 
-    matched = match(bases) if bases and (local_batches is None or not way.reads_images) else None
+    same_images = local_batches is None or not way.reads_images
+    matched = match(bases) if bases and same_images and not way.jointly else None
     merged = {}
     for i in bases:
         permutations = match([i]) if matched is None else matched
@@ -195,15 +221,14 @@ def all_alike(weights: np.ndarray) -> bool:
     return len(weights) > 1 and np.allclose(weights, weights[0], rtol=0, atol=1e-9)
 
 
-def _match_stats(spec: PermutationSpec, matched: dict[Edge, Permutations], pairs: list[Edge],
-                 correlations: dict[Edge, dict[str, float]]) -> Iterator[dict[str, Any]]:
-    for i, j in sorted(set(pairs) & matched.keys()):
-        values = correlations.get((i, j), correlations.get((j, i), {}))
-        for group, p in matched[i, j].items():
-            if spec.members[group]:  # else blocks, which hold nothing but units of other groups
-                moved = float((p.cpu() != torch.arange(len(p))).float().mean())
-                yield {"agent": i, "neighbour": j, "group": group, "units": len(p), "correlation": values.get(group),
-                       "moved": moved}
+def match_stats(spec: PermutationSpec, agent: int, neighbour: int, permutations: Permutations,
+                correlations: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """A row for each group, as in `merge`'s stats."""
+    for group, p in permutations.items():
+        if spec.members[group]:  # else blocks, which hold nothing but units of other groups
+            moved = float((p.cpu() != torch.arange(len(p))).float().mean())
+            yield {"agent": agent, "neighbour": neighbour, "group": group, "units": len(p),
+                   "correlation": correlations.get(group), "moved": moved}
 
 
 def _clone(state: State) -> State:

@@ -6,6 +6,7 @@ Git Re-Basin, section 3.1).
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,14 @@ from merging.permutation import FeatureReader, Permutations, PermutationSpec, in
 from utils.progress import say
 
 Edge = tuple[int, int]
+Similarity = dict[str, Tensor]
+"""Group -> (units, units), the higher the more alike."""
 
 # Constant features still vary by a rounding error: a unit whose deviation is below this part of its mean is dead.
 DEAD = 1e-6
+
+# Standard errors of the difference of two correlations that count as noise
+NOISE = 3.0
 
 # On a CPU features are worked through in slices that stay in its cache (256 KiB of float32): three times as fast as
 # whole batches for ResNet-20's first stage at width 1 (102,400 rows of 16 units, five models).
@@ -99,10 +105,41 @@ def match_activations(
     batches: Batches,
     *,
     at: str = "all",
+    prior: str = "none",
     match_memory: int | None = None,
     correlations: dict[Edge, dict[str, float]] | None = None,
 ) -> dict[Edge, Permutations]:
     """Permutations between models from the correlation of their activations on the same images.
+
+    Arguments and errors: see `similarities`.
+    prior: a name in PRIORS: what speaks for a permutation besides the correlations.
+    correlations: filled with the mean correlation of the matched units, (i, j) with i < j -> group that is read -> mean
+        over its units and the places they are read at.
+
+    Returns:
+        For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
+    """
+    matched = {}
+    for (i, j), similarity, images in similarities(spec, model, states, edges, batches, at=at,
+                                                   match_memory=match_memory):
+        taking = assign(spec, PRIORS[prior](spec, similarity, images, at))
+        if correlations is not None:
+            correlations[i, j] = mean_correlations(spec, similarity, taking, at)
+        matched[i, j], matched[j, i] = taking, invert(taking)
+    return matched
+
+
+def similarities(
+    spec: PermutationSpec,
+    model: nn.Module,
+    states: Sequence[State],
+    edges: Iterable[Edge],
+    batches: Batches,
+    *,
+    at: str = "all",
+    match_memory: int | None = None,
+) -> Iterator[tuple[Edge, Similarity, int]]:
+    """How alike the units of two models are: for every edge the correlations of their activations on the same images.
 
     Every model that occurs in an edge goes through the images once (once per block), in evaluation mode, however many
     edges it is in. `model` gives the architecture and is not changed.
@@ -110,26 +147,25 @@ def match_activations(
     Args:
         spec: the permutation groups of `model`.
         states: one state dict per model.
-        edges: pairs (i, j) of models; (i, j) and (j, i) are the same edge, matched once.
+        edges: pairs (i, j) of models; (i, j) and (j, i) are the same edge, which comes once, as i < j.
         batches: images (B, ...), or tuples that start with them; read once per block of edges.
         at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations
             are summed over all its consumers' inputs.
         match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
             taken in blocks, with one pass over the images per block, which is announced.
-        correlations: filled with the mean correlation of the matched units, (i, j) with i < j -> group that is read ->
-            mean over its units and the places they are read at.
 
-    Returns:
-        For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
+    Yields (i, j), group -> (units, units), i's units by j's, on the CPU: what `assign` takes, and how many images there
+    were. A group that nothing reads is most like itself as it stands; blocks are left out then, judged by what they
+    hold.
 
     Raises:
         ValueError: there are no images, or activations are not finite (the models and the group are named).
     """
     edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
     if not edges:
-        return {}
+        return
     reader = FeatureReader(model, spec, at, device_of(states[edges[0][0]]))
-    blocks_of_units = set(spec.blocks.values())  # matched by what they hold, if they are read nowhere themselves
+    blocks_of_units = set(spec.blocks.values())
     length = len(edges) if match_memory is None else max(1, match_memory // max(1, _bytes_per_edge(spec, at)))
     blocks = [edges] if length >= len(edges) else list(_blocks(edges, length))
     if len(blocks) > 1:
@@ -137,24 +173,41 @@ def match_activations(
             f"matching: the accumulators of {len(edges)} edges exceed match_memory={match_memory} bytes: "
             f"taking them in {len(blocks)} blocks, one pass over the images each"
         )
-    matched = {}
     for block in blocks:
-        of_groups = _correlations(reader, states, block, batches)
+        of_groups, images = _correlations(reader, states, block, batches)
         for i, j in block:
-            similarity = {group: _similarity(reads, i, j, group) if reads else torch.eye(spec.sizes[group])
-                          for group, reads in of_groups.items() if reads or group not in blocks_of_units}
-            taking = assign(spec, similarity)
-            if correlations is not None:
-                correlations[i, j] = {
-                    group: float(similarity[group].gather(1, taking[group][:, None]).mean()) / len(reads)
-                    for group, reads in of_groups.items() if reads
-                }
-            matched[i, j], matched[j, i] = taking, invert(taking)
-    return matched
+            yield (i, j), {group: _similarity(reads, i, j, group) if reads else torch.eye(spec.sizes[group])
+                           for group, reads in of_groups.items() if reads or group not in blocks_of_units}, images
+
+
+def mean_correlations(spec: PermutationSpec, similarity: Similarity, taking: Permutations, at: str) -> dict[str, float]:
+    """Group that is read -> mean correlation of the units that `taking` pairs, over the places it is read at."""
+    return {group: float(value.gather(1, taking[group][:, None]).mean()) / len(spec.reads_at(group, at))
+            for group, value in similarity.items() if spec.reads[group]}
+
+
+def favour_identity(spec: PermutationSpec, similarity: Similarity, images: int, at: str,
+                    weight: float = 1.0) -> Similarity:
+    """A similarity under which units leave their places only for a gain beyond the noise of the estimate.
+
+    A correlation from n independent samples has a standard error of at most 1 / sqrt(n), the difference of two at most
+    sqrt(2 / n); so a unit that stays is given NOISE of these at every place it is read at. Every image counts as one
+    sample, because the positions within it are not independent. weight: what `similarity` is a weighted sum over.
+    """
+    margin = weight * NOISE * math.sqrt(2 / images)
+    return {group: value + margin * max(len(spec.reads_at(group, at)), 1) * torch.eye(len(value), dtype=value.dtype)
+            for group, value in similarity.items()}
+
+
+def _as_it_is(spec: PermutationSpec, similarity: Similarity, images: int, at: str, weight: float = 1.0) -> Similarity:
+    return similarity
+
+
+PRIORS = {"none": _as_it_is, "identity": favour_identity}
 
 
 def _bytes_per_edge(spec: PermutationSpec, at: str) -> int:
-    return sum(8 * units**2 * (len(spec.reads[group]) if at == "all" else 1) for group, units in spec.sizes.items())
+    return sum(8 * units**2 * len(spec.reads_at(group, at)) for group, units in spec.sizes.items())
 
 
 def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
@@ -187,13 +240,15 @@ def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
 @torch.no_grad()
 def _correlations(
     reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Batches
-) -> dict[str, list[Correlation]]:
-    """One pass over the images: group -> one correlation per place where its features are read."""
+) -> tuple[dict[str, list[Correlation]], int]:
+    """One pass over the images: group -> one correlation per place where its features are read; how many they were."""
     agents = sorted({agent for edge in edges for agent in edge})
     correlations: dict[str, list[Correlation]] = {}
+    images = 0
     device = device_of(states[agents[0]])
     with _side_by_side(device) as run_all:
         for x in images_of(batches, device, "matching"):
+            images += len(x)
             features = {agent: reader(states[agent], x) for agent in agents}
             updates = []
             for group in list(features[agents[0]]):
@@ -206,7 +261,7 @@ def _correlations(
                 ]
             run_all(updates)
             del features, updates  # before those of the next batch are there
-    return correlations
+    return correlations, images
 
 
 @contextlib.contextmanager

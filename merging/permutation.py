@@ -95,6 +95,10 @@ class PermutationSpec:
         return {name: reason for name, reason in self.fixed.items() if " dim " not in name and "[" not in name
                 and reason not in ("the model's output", "a single unit", "no layer reads it")}
 
+    def reads_at(self, group: str, at: str) -> tuple[Read, ...]:
+        """Where a group is read: "last", by its last consumer only, or by "all" of them."""
+        return self.reads[group][-1:] if at == "last" else self.reads[group]
+
     @cached_property
     def of_tensor(self) -> dict[str, list[tuple[str, Member]]]:
         """State-dict name -> (group, member) of all that moves in it."""
@@ -489,7 +493,7 @@ class FeatureReader:
             raise ValueError(f"at={at!r}: choose 'last' or 'all'")
         self.model = copy.deepcopy(model).eval().to(device)
         self.tensors = dict(self.model.state_dict(keep_vars=True))
-        self.reads = {group: reads[-1:] if at == "last" else reads for group, reads in spec.reads.items()}
+        self.reads = {group: spec.reads_at(group, at) for group in spec.reads}
         self.wanted: dict[tuple[str, int], list[int]] = {}
         for reads in self.reads.values():
             for read in reads:

@@ -103,13 +103,12 @@ class SharedFolder(Network):
               like: State) -> dict[int, State]:
         takes, size = taken(mixing), wire_bytes(like, wire)
         state = models.get(self.agent)
-        self.readers[iteration] = np.flatnonzero(takes[:, self.agent]).tolist()
-        if self.readers[iteration]:
+        if readers := np.flatnonzero(takes[:, self.agent]).tolist():
+            self.readers[iteration] = readers
             self._publish(iteration, pack(state, wire))
             self._prune(iteration, oldest=iteration - len(mixing) - self.staleness)
-            self.sent[self.agent] += size * len(self.readers[iteration])
+            self.sent[self.agent] += size * len(readers)
         found: dict[int, State] = {} if state is None else {self.agent: through(state, wire)}
-        self.old = {}
         began, pause, said = time.monotonic(), 0.01, False
         missing = np.flatnonzero(takes[self.agent]).tolist()
         while True:
@@ -164,6 +163,7 @@ class SharedFolder(Network):
             state = self._read(agent, k, wire, like)
             if state is not None:
                 found[agent] = state
+                self.old.pop(agent, None)
                 if k != iteration:
                     self.old[agent] = k
                 return True

@@ -26,6 +26,7 @@ REFERENCE = {
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
     "wire": "fp32", "link_failure": 0.0, "agent_failure": 0.0, "exchanged_by": None, "staleness": 0,
+    "match_prior": "none", "align": "in_turn", "align_every": 0, "root": None,
 }
 BASELINE_REFERENCE = REFERENCE | {
     "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",

@@ -170,7 +170,7 @@ def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict
 
 
 def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
-                topologies: Iterable[str], exps: dict[int, str], wires: Sequence[str],
+                topologies: Iterable[str], exps: dict[int, str], priors: Iterable[str], wires: Sequence[str],
                 backends: Sequence[str]) -> argparse.ArgumentParser:
     p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.\n"
                        "All agents in this process or dealt out to several (--workers, torchrun), with the same "
@@ -179,7 +179,10 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                "--merg_itr=8 --training --epochs=2")
     g = p.add_argument_group("algorithm")
     g.add_argument("--opt", choices=list(methods), default="DIMAT",
-                   help="DIMAT: activation matching; WM: weight matching; WA: plain averaging; NONE: agents alone")
+                   help="DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one "
+                        "another once, by activations, and from then on average; C2M3: activation matching of all "
+                        "models that an agent merges at once, without contradictions; WM: weight matching; WA: plain "
+                        "averaging; NONE: agents alone")
     topology_options(g, topologies, exps)
     g.add_argument("--merg_itr", type=number(int, 1), default=100, help="merge iterations in all")
     g.add_argument("--merg_itr_init", type=number(int, 0), default=0,
@@ -200,6 +203,16 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
     g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
                    help="most memory for the correlation matrices; beyond it the edges are taken in blocks")
+    g.add_argument("--match_prior", choices=list(priors), default="none",
+                   help="DIMAT, and COMMON's realignments: identity leaves units where they are unless the gain in "
+                        "correlation exceeds the noise of its estimate")
+    g.add_argument("--align", choices=["in_turn", "at_once"], default="in_turn",
+                   help="COMMON: in_turn: breadth first from --root, each agent to its neighbours that have had their "
+                        "turn; at_once: all pairs together, as in C2M3 (fully_connected with --match_data=all)")
+    g.add_argument("--align_every", type=number(int, 0), default=0, metavar="K",
+                   help="COMMON: align again every K merges; 0 = only before the first")
+    g.add_argument("--root", type=number(int, 0), default=None, metavar="I",
+                   help="COMMON: the agent whose order of units the others take (default: the centre of the graph)")
     g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
     g = p.add_argument_group("processes")

@@ -232,7 +232,7 @@ def options_that_matter(config: dict[str, Any]) -> dict[str, Any]:
     o["epochs"] = config["num_epochs"] if baseline else config.get("epochs", 0) if trains else 0
     idle = set() if trains else {key for key in TRAINING if key != "batch_size"}  # matching reads batches, too
     if not baseline:
-        merges, matches = config["opt"] != ALONE, config["opt"] == "DIMAT"
+        merges, matches = config["opt"] != ALONE, config["opt"] not in ("WA", "WM")
         idle |= {"bn_reset"} if not merges else set()
         idle |= {"match_at"} if not matches else set()
         idle |= set(MATCHING) if not merges or (not matches and o["bn_reset"] == "none") else set()

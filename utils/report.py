@@ -29,8 +29,9 @@ from utils.topology import short_name
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
-LATER = ("wire", "link_failure", "agent_failure", "staleness")
-MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "bn_reset")
+LATER = ("wire", "link_failure", "agent_failure", "staleness", "match_prior", "align", "align_every", "root")
+MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "match_prior", "bn_reset", "align",
+            "align_every", "root")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*num_epochs_(\d+)/(?:([^/]+)/)?random_seed_(\d+)/*$")
 MISSING = "\N{EN DASH}"
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {

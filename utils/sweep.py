@@ -144,8 +144,9 @@ def varying(options: Sequence[Mapping[str, Any]]) -> list[str]:
 def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     """The jobs of a sweep file.
 
-    all: options of every script; train: a grid of pre-trainings; main, base_lines: a grid, or a list of grids, of runs
-    that start at each of these (--ckp, data set, model, agents and seed follow). Without `train` they stand alone.
+    all: options of every script; train: a grid, or a list of grids, of pre-trainings; main, base_lines: the same, of
+    runs that start at each of these (--ckp, data set, model, agents and seed follow), or at those whose data, model and
+    agents are the ones they name. Without `train` they stand alone.
     `launch: false` in a grid of base_lines keeps all agents in one process.
     """
     if odd := sorted(content.keys() - {"all", *SCRIPTS}):
@@ -154,33 +155,39 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     common = {key.replace("random_seed", "seed"): value for key, value in common.items()}
     starts: list[tuple[dict, Job | None, Path | None]] = []
     if "train" in content:
-        if not isinstance(content["train"] or {}, Mapping):
-            raise ValueError("train is one grid of pre-trainings (options: lists), from all of which the runs start; "
-                             "for several, write several files")
-        trainings = list(grid(common | (content["train"] or {})))
+        trainings = [options for one in _grids(content["train"]) for options in grid(common | one)]
         for options in trainings:
-            title = ",".join(f"{k}={options[k]}" for k in varying(trainings)) or "training"
+            title = ",".join(f"{k}={options[k]}" for k in varying(trainings) if k in options) or "training"
             starts.append((options, *planner.train(_for("train", options, planner), title)))
     else:
         starts = [(options, None, None) for options in grid(common)]
     for script in ("main", "base_lines"):
-        grids = content.get(script) or []
-        for one in [grids] if isinstance(grids, Mapping) else grids:
+        for one in _grids(content[script]) if content.get(script) else ():
             one = dict(one)
             launched = script == "base_lines" and one.pop("launch", True)
-            own = [(base | options, job, ckp) for base, job, ckp in starts for options in grid(one)]
+            own = [(base | options, job, ckp) for base, job, ckp in starts for options in grid(one)
+                   if all(base.get(key, options[key]) == options[key] for key in _SAME & options.keys())]
+            if not own:
+                named = ", ".join(f"{key}={one[key]}" for key in one if key in _SAME)
+                raise ValueError(f"{script}: no pre-training has {named}: add it to train")
             names = varying([options for options, *_ in own])
             for options, job, ckp in own:
                 shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
                 shared = _for(script, shared, planner) | {k: options[k] for k in one}
                 shared |= {"ckp": ckp} if ckp and not _true(options.get("randominit")) else {}
-                title = ",".join(f"{k}={options[k]}" for k in names) or script
+                title = ",".join(f"{k}={options[k]}" for k in names if k in options) or script
                 planner.run(script, shared, title, job, launched)
     return list(planner.jobs.values())
 
 
 _SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed", "width_multiplier", "train_samples",
            "test_samples", "holdout", "data_dir", "imgntdir", "device")
+_SAME = {"dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout"}
+
+
+def _grids(part: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """A part's grids, of which one needs no list."""
+    return [dict(one) for one in ([part or {}] if isinstance(part or {}, Mapping) else part)]
 
 
 def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
