@@ -123,7 +123,7 @@ class Fleet:
         Returns whose models each one merged with its own: "0 3", or "0 3@7" where the last that was to be had of 3 was
         of iteration 7.
         """
-        o, network, model = self.o, self.network, self.trainer.model
+        o, network = self.o, self.network
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
@@ -133,26 +133,13 @@ class Fleet:
         else:
             images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
             data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
-        turns = self.turns(iteration, takes)
-        compared = METHODS[self.method].reads_images or bool(turns.towards)
-        at_once = o.align == "at_once" and bool(turns.towards)
-        models: dict[int, State] = {}
-        network.old.clear()
-        for wave in Turns().waves(o.num_models) if at_once else turns.waves(o.num_models):
-            lent = {i: outgoing(model, self.states[i], images[i], o.bn_reset, compared) for i in merging if i in wave}
-            for i in lent.keys() & turns.towards.keys() if not at_once else ():
-                references = [j for j in turns.towards[i] if j in models]
-                if references:
-                    lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
-            models |= network.share(iteration, lent, np.where(np.isin(range(o.num_models), wave), weights, 0), o.wire,
-                                    like=model.state_dict())
-        if at_once:
-            models = self.align_at_once(models, turns.roots[0], images[merging[0]], stats)
+        models = self.exchange(iteration, weights, images, stats)
         weights = without(weights, [j for j in range(o.num_models) if j not in models])
         merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
+        resets = "none" if o.bn_reset == "none" else "after"  # before is done
         try:
-            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method, model=model,
-                           spec=self.spec, bn_reset="after" if o.bn_reset == "both" else o.bn_reset,
+            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method,
+                           model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
                            match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
                            agents=merging, **data)
         except ValueError as error:
@@ -160,6 +147,26 @@ class Fleet:
         self.states |= {i: merged[i] for i in merging}
         names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
         return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
+
+    def exchange(self, iteration: int, weights: np.ndarray, images: dict[int, Batches],
+                 stats: list[dict]) -> dict[int, State]:
+        """The models that the agents here merge in this iteration, their own too, in the order in which they lend."""
+        o, everybody = self.o, range(self.o.num_models)
+        turns = self.turns(iteration, taken(weights))
+        aligns = bool(turns.towards)
+        at_once = aligns and o.align == "at_once"
+        bn_reset = "both" if o.bn_reset == "repair" else o.bn_reset
+        models: dict[int, State] = {}
+        self.network.old.clear()
+        for wave in [list(everybody)] if at_once else turns.waves(o.num_models):
+            lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
+                                compared=aligns or METHODS[self.method].reads_images) for i in images if i in wave}
+            for i in [] if at_once else lent:
+                if references := [j for j in turns.towards.get(i, ()) if j in models]:
+                    lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
+            models |= self.network.share(iteration, lent, np.where(np.isin(everybody, wave), weights, 0), o.wire,
+                                         like=self.trainer.model.state_dict())
+        return self.align_at_once(models, turns.roots[0], images, stats) if at_once else models
 
     def align(self, i: int, state: State, references: list[int], models: dict[int, State], weights: np.ndarray,
               images: Batches, stats: list[dict]) -> State:
@@ -174,11 +181,12 @@ class Fleet:
         self.states[i] = permute(self.spec, found, self.states[i])
         return permute(self.spec, found, state)
 
-    def align_at_once(self, models: dict[int, State], root: int, images: Batches,
+    def align_at_once(self, models: dict[int, State], root: int, images: dict[int, Batches],
                       stats: list[dict]) -> dict[int, State]:
         """Everybody's models in one order of units, that of `root`; the same in every process."""
+        shared = next(iter(images.values()))
         correlations: dict[tuple[int, int], dict[str, float]] = {}
-        found = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], images, root=root,
+        found = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], shared, root=root,
                          correlations=correlations, at=self.o.match_at, match_memory=self.match_memory)
         for (i, j), of_pair in correlations.items():
             stats += [row for a, b in ((i, j), (j, i)) for row in match_stats(self.spec, a, b, found[a], of_pair)]
@@ -380,7 +388,7 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
         "match_at": o.match_at if matches else None,
-        "match_prior": o.match_prior if o.opt == "DIMAT" or (aligns and o.align_every) else None,
+        "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
         "align": o.align if aligns else None,
         "align_every": o.align_every if aligns else None,
         "root": o.root if aligns else None,

@@ -17,6 +17,7 @@ from merging.averaging import State, weighted_average
 from merging.batch_norm import Batches, reestimate, tracked_norms
 from merging.common_basis import between, universe
 from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
+from merging.repair import repair
 from merging.weight_matching import match_weights
 
 # `python -m merging.permutation` imports this package, and so the module itself, before it runs it: harmless there.
@@ -110,6 +111,7 @@ def merge(
     model: nn.Module | None = None,
     spec: PermutationSpec | None = None,
     bn_reset: str = "both",
+    rescale: bool = False,
     match_at: str = "all",
     match_prior: str = "none",
     match_memory: int | None = None,
@@ -136,6 +138,8 @@ def merge(
         spec: its permutation groups; derived from the model and the first image when not given.
         bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
             agents' models before their activations are matched (local: each on its own images), as in the paper.
+        rescale: bring the activations of the merged models' layers without BatchNorm to their parents' statistics
+            (REPAIR).
         match_at, match_prior, match_memory: see `match_activations`.
         stats: a list that gets a row for every agent, neighbour and group: {agent, neighbour, group, units,
             correlation (mean over the matched units; None if not matched by activations), moved (share of the
@@ -176,6 +180,7 @@ def merge(
     read = {
         **dict.fromkeys(involved if resets_first else (), "bn_reset='both'"),
         **dict.fromkeys(bases if resets else (), f"bn_reset={bn_reset!r}"),
+        **dict.fromkeys(bases if rescale else (), "rescale=True"),
         **dict.fromkeys(bases if way.reads_images else (), f"method={method!r}"),
         **dict.fromkeys(bases if way.permutes and spec is None else (), f"method={method!r} without spec="),
     }
@@ -207,7 +212,10 @@ def merge(
             permute(spec, permutations[i, j], senders[j]) if (i, j) in permutations else senders[j] for j in sources[i]
         ]
         # Integer buffers come from agent i even where w_ii is 0, as in a bipartite graph of three.
-        merged[i] = weighted_average([senders[i], *moved], [0, *weights[i, sources[i]]])
+        shares = weights[i, sources[i]].tolist()
+        merged[i] = weighted_average([senders[i], *moved], [0, *shares])
+        if rescale:
+            merged[i] = repair(model, merged[i], moved, shares, images[i])
         if resets:
             merged[i] = reestimate(model, merged[i], images[i])
     result: list[State | None] = [None] * len(states)

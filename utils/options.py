@@ -204,8 +204,8 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
                    help="most memory for the correlation matrices; beyond it the edges are taken in blocks")
     g.add_argument("--match_prior", choices=list(priors), default="none",
-                   help="DIMAT, and COMMON's realignments: identity leaves units where they are unless the gain in "
-                        "correlation exceeds the noise of its estimate")
+                   help="DIMAT and COMMON: identity leaves units where they are unless the gain in correlation exceeds "
+                        "the noise of its estimate (for agents that began alike)")
     g.add_argument("--align", choices=["in_turn", "at_once"], default="in_turn",
                    help="COMMON: in_turn: breadth first from --root, each agent to its neighbours that have had their "
                         "turn; at_once: all pairs together, as in C2M3 (fully_connected with --match_data=all)")
@@ -213,8 +213,9 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="COMMON: align again every K merges; 0 = only before the first")
     g.add_argument("--root", type=number(int, 0), default=None, metavar="I",
                    help="COMMON: the agent whose order of units the others take (default: the centre of the graph)")
-    g.add_argument("--bn_reset", choices=["none", "after", "both"], default="both",
-                   help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well")
+    g.add_argument("--bn_reset", choices=["none", "after", "both", "repair"], default="both",
+                   help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well; "
+                        "repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)")
     g = p.add_argument_group("processes")
     g.add_argument("--workers", type=number(int, 1), default=None, metavar="N",
                    help="deal the agents out to N processes, which share this machine's threads; the data set and "

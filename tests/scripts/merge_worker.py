@@ -28,6 +28,11 @@ CASES = {
     "WA one-way local": ["--opt=WA", "--topology=one_peer_exponential", "--match_data=local", "--wire=fp16"],
     "WA star all": ["--opt=WA", "--topology=star", "--bn_reset=after"],
     "WA faults all": ["--opt=WA", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3"],
+    "COMMON ring local": ["--opt=COMMON", "--exp=2", "--match_data=local", "--align_every=1"],
+    "COMMON faults all": ["--opt=COMMON", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3",
+                          "--wire=int8", "--match_samples=100"],
+    "COMMON at once": ["--opt=COMMON", "--exp=1", "--align=at_once", "--match_samples=100"],
+    "C2M3 ring": ["--opt=C2M3", "--exp=2", "--match_samples=100", "--bn_reset=repair"],
     "alone": ["--opt=NONE"],
 }
 COMMON = ["--dataset=digits", f"--num_models={AGENTS}", "--merg_itr=2", "--training", "--epochs=1",

@@ -322,6 +322,31 @@ def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
     assert sum(images) == merges + evaluations + train + traced
 
 
+def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
+    with counted_images() as images:
+        run = folder_of(script("main", *RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--merg_itr=3", cwd=tmp_path),
+                        tmp_path)
+    agents, train, test = 4, 200, len(load_dataset("digits").test)
+    # Before the first merge every model's BatchNorm; then 1 and 3 match agent 0, and 2 both of these.
+    first = (agents + 2 + 2 + 3) * train
+    evaluations = 6 * (agents + 1) * test
+    assert sum(images) == first + 3 * agents * train + evaluations + 2 * train + 2 + 3 + 2 * 2
+    stats = list(csv.DictReader((run / "merge_stats.csv").open()))
+    assert {(row["iteration"], row["agent"], row["neighbour"]) for row in stats} == {
+        ("1", "1", "0"), ("1", "3", "0"), ("1", "2", "1"), ("1", "2", "3")}
+
+
+def test_a_common_basis_resumes_to_an_equal_run(checkpoints, tmp_path):
+    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--align_every=2", "--match_prior=identity"]
+    whole = folder_of(script("main", *flags, "--merg_itr=3", cwd=tmp_path), tmp_path)
+    assert whole.parent.name.endswith("match_prior=identity,align_every=2")
+    home = tmp_path / "in_parts"
+    home.mkdir()
+    for length in (1, 2, 3):
+        parts = folder_of(script("main", *flags, f"--merg_itr={length}", "--resume", cwd=home), home)
+    equal_runs(whole, parts)
+
+
 def test_every_local_epoch_has_chances_of_its_own(checkpoints, tmp_path, monkeypatch):
     paths, epoch = [], LocalTrainer.epoch
     monkeypatch.setattr(LocalTrainer, "epoch", lambda self, part, path, *rest: paths.append(path) or epoch(

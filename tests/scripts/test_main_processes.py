@@ -83,7 +83,8 @@ def test_local_matching_reads_no_image_of_another_process(one_process, checkpoin
 
 
 def test_bytes_are_degree_times_model(one_process):
-    for case, degrees in {"DIMAT ring all": [2, 2, 2, 2], "WA star all": [3, 1, 1, 1], "alone": [0] * 4}.items():
+    for case, degrees in {"DIMAT ring all": [2] * 4, "WA star all": [3, 1, 1, 1], "COMMON ring local": [2] * 4,
+                          "alone": [0] * 4}.items():
         run = run_below(results_dir(one_process, case))
         size = sum(t.numel() * t.element_size()
                    for t in torch.load(run / "merged/model_0.pth", weights_only=True).values())
@@ -250,7 +251,30 @@ def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path
     assert len(list(csv.DictReader((run / "accuracy_matrix/iteration_0006_merged.csv").open()))) == 3
 
 
+@pytest.mark.slow
+def test_who_comes_late_takes_the_others_order_of_units_before_it_gives(tmp_path):
+    flags = ("--opt=COMMON", "--merg_itr=3", "--timeout=3", "--match_data=local")
+    for together in ((0, 1), (2,)):
+        agents = [agent(i, tmp_path, *flags) for i in together]
+        try:
+            assert [running.wait(timeout=120) for running in agents] == [0] * len(agents)
+        finally:
+            for running in agents:
+                running.kill()
+                running.wait()
+    assert "it goes on with iteration 3" in (tmp_path / "log_2").read_text()
+    run = next(tmp_path.glob("results/**/agent_0")).parent
+    stats = {i: list(csv.DictReader((run / f"agent_{i}/merge_stats.csv").open())) for i in (1, 2)}
+    assert {(row["iteration"], row["neighbour"]) for row in stats[1]} == {("1", "0")}
+    assert {(row["iteration"], row["neighbour"]) for row in stats[2]} == {("3", "0"), ("3", "1")}
+    assert any(float(row["moved"]) > 0 for row in stats[2])
+
+
 @pytest.mark.parametrize(("flags", "word"), [
+    (["--opt=COMMON", "--align=at_once", "--exp=2"], "fully_connected"), (["--root=3"], "0 to 2"),
+    (["--opt=COMMON", "--align=at_once", "--exp=1", "--match_data=local"], "--match_data all"),
+    (["--opt=COMMON", "--align=at_once", "--exp=1", "--agent_failure=0.1"], "--align in_turn does without"),
+    (["--opt=COMMON", "--align=at_once", "--exp=1", "--processes=3"], "--align in_turn does without"),
     (["--agent=3", "--exchange=folder:x"], "0 to 2"), (["--agent=1"], "--exchange"), (["--processes=2"], "give 3"),
     (["--staleness=2"], "--agent or --processes"), (["--agent=0", "--exchange=folder:x", "--workers=2"], "--workers"),
     (["--agent=0", "--exchange=tcp:x"], "folder:PATH"), (["--exchange=folder:x"], "--agent or --processes"),

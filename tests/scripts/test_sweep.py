@@ -116,6 +116,24 @@ def test_a_sweep_file_is_a_grid_that_waits_for_its_checkpoints():
         plan_file({"train": {"epochs": "many"}}, Planner(scripts_parsers()))
 
 
+def test_runs_start_from_the_pretrainings_that_they_name():
+    several = {
+        "all": {"dataset": "digits", "width_multiplier": 1, "seed": [0, 1]},
+        "train": [{"data_dist": "iid", "num_models": [3, 4]},
+                  {"data_dist": "dirichlet", "alpha": 0.1, "num_models": 4}],
+        "main": [{"opt": "WA", "num_models": [4]}, {"opt": "NONE", "data_dist": "iid"}],
+    }
+    jobs = plan_file(several, Planner(scripts_parsers()))
+    runs = [job.command for job in jobs if job.script == "main"]
+    assert sum(job.script == "train" for job in jobs) == 6
+    found = sorted(tuple(word.partition("=")[2] for word in sorted(run) if word.startswith((
+        "--opt=", "--num_models", "--data_dist", "--alpha"))) for run in runs)
+    once = [("0.1", "dirichlet", "4", "WA"), ("iid", "3", "NONE"), ("iid", "4", "NONE"), ("iid", "4", "WA")]
+    assert found == [run for run in once for _ in range(2)]
+    with pytest.raises(ValueError, match="main: no pre-training has num_models=5"):
+        plan_file(several | {"main": {"num_models": 5}}, Planner(scripts_parsers()))
+
+
 def python(code: str, title: str, after=()) -> Job:
     return Job("test", title, [sys.executable, "-c", code], list(after))
 
