@@ -389,9 +389,6 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
         "match_at": o.match_at if matches else None,
         "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
-        "align": o.align if aligns else None,
-        "align_every": o.align_every if aligns else None,
-        "root": o.root if aligns else None,
         "bn_reset": o.bn_reset if merges else None,
         "wire": o.wire if merges else None,
         "link_failure": o.link_failure if merges else None,
@@ -412,18 +409,21 @@ def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: d
 
 def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
-    check_alignment(o, topology)
+    settle_alignment(o, topology)
     if not topology.is_doubly_stochastic:
         raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
                          "what they take to add up to one model")
     return topology
 
 
-def check_alignment(o: Namespace, topology: Topology) -> None:
-    """What --root and --align ask for must be there."""
+def settle_alignment(o: Namespace, topology: Topology) -> None:
+    """What --root and --align ask for must be there; methods that don't align themselves have neither."""
+    if o.opt == ALONE or not METHODS[o.opt].aligned:
+        o.align = o.align_every = o.root = None
+        return
     if o.root is not None and o.root >= o.num_models:
         raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
-    if o.opt != ALONE and METHODS[o.opt].aligned and o.align == "at_once":
+    if o.align == "at_once":
         together = topology.connectivity.sum() == o.num_models * (o.num_models - 1) and topology.draw is None
         if not together or topology.schedule or o.match_data != "all":
             raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "

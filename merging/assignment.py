@@ -39,8 +39,10 @@ def inner_groups(spec: PermutationSpec, outer: str) -> list[str]:
 
 
 def best(similarity: np.ndarray) -> Tensor:
-    """(units,): the column for each row that makes the sum largest."""
-    return torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1])
+    """(units,): the column for each row that makes the sum largest; of equal ones, the one that moves fewest."""
+    # Dead units are no more like one another than like any other, and would trade places for nothing.
+    stay = 1e-9 * np.abs(similarity).max(initial=0.0) * np.eye(len(similarity))
+    return torch.from_numpy(linear_sum_assignment(similarity + stay, maximize=True)[1])
 
 
 def within_blocks(similarity: np.ndarray) -> Tensor:

@@ -28,10 +28,12 @@ STYLES = {
     "DIMAT": {"color": "#0072B2", "marker": "o"},
     "WA": {"color": "#D55E00", "marker": "s"},
     "WM": {"color": "#009E73", "marker": "^"},
+    "COMMON": {"color": "#CC79A7", "marker": "D"},
+    "C2M3": {"color": "#E69F00", "marker": "v"},
     "NONE": {"color": "#555555", "marker": "", "linestyle": "--"},
 }
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
-OTHER_MARKERS = ("D", "v", "P", "X", "<", ">", "*", "h")
+OTHER_COLOURS = ("#56B4E9", "#000000", "#F0E442", "#8B4513")
+OTHER_MARKERS = ("P", "X", "<", ">", "*", "h")
 LINESTYLES = ("-", "--", "-.", ":")
 LABELS = {"NONE": "agents alone"}
 ALONE = "NONE"

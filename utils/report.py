@@ -29,9 +29,8 @@ from utils.topology import short_name
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
-LATER = ("wire", "link_failure", "agent_failure", "staleness", "match_prior", "align", "align_every", "root")
-MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "match_prior", "bn_reset", "align",
-            "align_every", "root")
+LATER = ("wire", "link_failure", "agent_failure", "staleness", "match_prior")
+MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "match_prior", "bn_reset")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*num_epochs_(\d+)/(?:([^/]+)/)?random_seed_(\d+)/*$")
 MISSING = "\N{EN DASH}"
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -130,7 +129,7 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
 
 
 def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
-    """The mean of `column` over the agents at iteration `at`, 'final' or 'best'.
+    """The mean of `column` over the agents at iteration `at`, 'final' or 'best', or its 'mean' over all iterations.
 
     Raises ValueError, saying why, where the run has none.
     """
@@ -141,6 +140,8 @@ def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
     curve = accuracy_curve(run.rows, column, ("initial" if at == 0 else phase or run.phase,))
     if at == "best":
         return float(curve.mean.max() if "accuracy" in column else curve.mean.min())
+    if at == "mean":
+        return float(curve.mean.mean())
     found = curve.mean[-1:] if at == "final" else curve.mean[curve.iterations == at]
     if not len(found):
         raise ValueError(f"nothing at iteration {at}: the last one is {curve.iterations[-1]}")
@@ -306,8 +307,9 @@ def make_parser() -> ArgumentParser:
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="folders with run folders somewhere below")
     p.add_argument("--rows", default="opt", metavar="A,B", help="options of config.yaml whose values make the rows")
     p.add_argument("--cols", default="topology,data_dist", metavar="A,B", help="options that make the columns")
-    p.add_argument("--metric", default="final", metavar="final|best|at:K",
-                   help="a run's last iteration, its best (the lowest, if no accuracy), or iteration K (0: the start)")
+    p.add_argument("--metric", default="final", metavar="final|best|mean|at:K",
+                   help="a run's last iteration, its best (the lowest, if no accuracy), the mean over all (the area "
+                        "under the curve), or iteration K (0: the start)")
     p.add_argument("--column", default="test_accuracy", metavar="NAME", help="column of metrics.csv, mean over agents")
     p.add_argument("--phase", choices=["merged", "trained"], default=None,
                    help="rows of metrics.csv to read (default: merged, of baselines trained)")
@@ -330,8 +332,8 @@ def check_names(flag: str, names: str, runs: Sequence[Run]) -> list[str]:
 
 def report(o: Namespace) -> tuple[str, list[str]]:
     """The table with what is said around it, and notes on runs. Raises ValueError for what the user can mend."""
-    if not (metric := re.fullmatch(r"final|best|at:(\d+)", o.metric)):
-        raise ValueError(f"--metric {o.metric}: give final, best or at:K with an iteration K, such as at:10")
+    if not (metric := re.fullmatch(r"final|best|mean|at:(\d+)", o.metric)):
+        raise ValueError(f"--metric {o.metric}: give final, best, mean or at:K with an iteration K, such as at:10")
     at = o.metric if metric[1] is None else int(metric[1])
     for file in filter(None, (o.csv, o.latex)):
         if Path(file).exists() and not o.overwrite:

@@ -298,7 +298,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"weights": [[1.5, -0.5], [0.5, 0.5]]}, "not negative"),
         ({"weights": [[float("nan"), 0.5], [0.5, 0.5]]}, "finite"),
         ({"weights": [[0.5, 0.5], [0.5, 0.4]]}, "row 1 sums to 0.9"),
-        ({"method": "XYZ"}, "'XYZ': choose from DIMAT, C2M3, WM, WA, COMMON"),
+        ({"method": "XYZ"}, "'XYZ': choose from DIMAT, WM, C2M3, WA, COMMON"),
         ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both"),
         ({"match_at": "first"}, "'first': choose from last, all"),
         ({"batches": None, "bn_reset": "none"}, "method='DIMAT'.*batches is None"),

@@ -1,5 +1,6 @@
 """Assignments of units that lie in blocks."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,3 +48,15 @@ def test_a_group_that_nothing_reads_while_evaluating_stays_as_it_is():
 
 def test_best_is_the_best_assignment():
     assert best(torch.tensor([[1.0, 3.0], [2.0, 1.0]]).numpy()).tolist() == [1, 0]
+
+
+def test_units_that_nothing_tells_apart_stay_where_they_are():
+    """Dead ones, and those that are active for the same images; elsewhere they would be averaged with other weights."""
+    draws = np.random.default_rng(0)
+    for _ in range(40):
+        x = np.maximum(draws.normal(size=(200, 40)) @ draws.normal(size=(40, 40)) - draws.normal() * 8, 0)
+        x[:, draws.random(40) < 0.3] = 0
+        deviation = x.std(0)
+        products = np.outer(deviation, deviation)
+        correlation = np.where(products > 0, np.cov(x.T) / np.maximum(products, 1e-30), 0)
+        assert best(correlation).tolist() == list(range(40))

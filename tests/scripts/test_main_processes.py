@@ -271,7 +271,8 @@ def test_who_comes_late_takes_the_others_order_of_units_before_it_gives(tmp_path
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--opt=COMMON", "--align=at_once", "--exp=2"], "fully_connected"), (["--root=3"], "0 to 2"),
+    (["--opt=COMMON", "--align=at_once", "--topology=star"], "fully_connected"),
+    (["--opt=COMMON", "--root=3"], "0 to 2"),
     (["--opt=COMMON", "--align=at_once", "--exp=1", "--match_data=local"], "--match_data all"),
     (["--opt=COMMON", "--align=at_once", "--exp=1", "--agent_failure=0.1"], "--align in_turn does without"),
     (["--opt=COMMON", "--align=at_once", "--exp=1", "--processes=3"], "--align in_turn does without"),

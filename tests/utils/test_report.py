@@ -116,6 +116,11 @@ def test_metric_picks_the_iteration(add, report):
     assert report("--column=consensus_distance", "--metric=best")[0][1][1] == "0.3333 (1)"
 
 
+def test_the_mean_over_the_merges_is_the_area_under_the_curve(add, report):
+    add("a", [30, 50, 70.5], merg_itr=3)
+    assert report("--metric=mean")[0][1][1] == "50.17 (1)"  # the accuracy of 99 at the start is no result
+
+
 def test_baselines_are_read_after_training(add, report):
     add("a", [50, 60], base=BASELINE, phase="trained")
     add("b", [50, 70])
@@ -333,7 +338,7 @@ def test_errors_are_one_line(add, error, tmp_path):
     assert "--cols colour:" in error("--cols=colour")
     assert "one that is no column's too" in error("--cols=opt")
     assert "rows need an option" in error("--rows=,")
-    assert "--metric last: give final, best or at:K" in error("--metric=last")
+    assert "--metric last: give final, best, mean or at:K" in error("--metric=last")
     assert "nothing at iteration 9: the last one is 2" in error("--metric=at:9")
     assert "there are test_accuracy, train_accuracy, consensus_distance" in error("--column=agent")
     assert "no train_accuracy in the phases merged" in error("--column=train_accuracy")
