@@ -146,6 +146,16 @@ def test_a_universe_is_better_over_all_pairs_than_any_reference(spec, model, sta
         assert together > pairs_total(spec, model, states, to_root)
 
 
+@pytest.mark.parametrize("root", [0, 2])
+def test_in_a_universe_no_model_alone_can_do_better(spec, model, states, root):
+    found = universe(spec, model, states, images(), root=root)
+    assert_same_permutations(found[root], identity(spec))
+    placed = [permute(spec, order, state) for order, state in zip(found, states, strict=True)]
+    for i, state in enumerate(placed):
+        others = placed[:i] + placed[i + 1 :]
+        assert_same_permutations(align(spec, model, state, others, [1.0] * 3, images()), identity(spec))
+
+
 def test_a_universe_of_two_is_the_matching(spec, model, states):
     expected = match_activations(spec, model, states[:2], [(0, 1)], images())[0, 1]
     assert_same_permutations(universe(spec, model, states[:2], images())[1], expected)
@@ -158,6 +168,16 @@ def test_c2m3_matches_without_contradictions(spec, model, states):
         around = found[0, 1][group][:, None]
         around = found[1, 2][group][around]
         assert torch.equal(found[2, 0][group][around].flatten(), torch.arange(spec.sizes[group]))
+
+
+def test_c2m3_asks_nobody_but_the_neighbours(spec, model, states):
+    """So that an agent finds the same in a process of its own, where it has no other models."""
+    line = [[0.5, 0.5, 0, 0], [0.3, 0.4, 0.3, 0], [0, 0.3, 0.4, 0.3], [0, 0, 0.5, 0.5]]
+    together = merge(states, line, "C2M3", images(), model=model, spec=spec, bn_reset="none")
+    for i in range(4):
+        near = [state if line[i][j] else None for j, state in enumerate(states)]
+        alone = merge(near, line, "C2M3", images(), model=model, spec=spec, bn_reset="none", agents=[i])
+        assert_same_states(alone[i], together[i])
 
 
 def test_between_takes_one_models_units_to_anothers():

@@ -8,6 +8,7 @@ from torch import nn
 
 from merging import merge
 from merging.averaging import weighted_average
+from merging.permutation import derive_spec, permute, random_permutations
 from merging.repair import repair, unnormalised
 
 
@@ -51,6 +52,27 @@ def test_every_layer_puts_out_the_parents_statistics():
     assert torch.equal(repaired["7.weight"], merged["7.weight"]) and torch.equal(repaired["7.bias"], merged["7.bias"])
 
 
+def test_layers_behind_one_without_bias_see_what_it_can_do():
+    def network(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(2, 12, 3, bias=False), nn.ReLU(), nn.Conv2d(12, 10, 3), nn.ReLU(),
+                             nn.Conv2d(10, 4, 3, bias=False), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(12, 3))
+
+    given, batches = [network(seed).state_dict() for seed in range(2)], images(sizes=(100,))
+    repaired = repair(network(0), weighted_average(given, [0.5, 0.5]), given, [0.5, 0.5], batches)
+    for layer in ("2", "5"):
+        goals = [moments(network(0), state, layer, batches) for state in given]
+        for k, actual in enumerate(moments(network(0), repaired, layer, batches)):
+            torch.testing.assert_close(actual, (goals[0][k] + goals[1][k]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_leftover_image_says_nothing_about_deviations():
+    given, weights = states(2), [0.5, 0.5]
+    merged, batches = weighted_average(given, weights), images(sizes=(40, 1))
+    torch.testing.assert_close(repair(plain(), merged, given, weights, batches),
+                               repair(plain(), merged, given, weights, batches[:1]), rtol=0, atol=0)
+
+
 def test_identical_parents_change_nothing_over_several_batches():
     model, same = plain(), states(1) * 3
     repaired = repair(model, weighted_average(same, [0.5, 0.3, 0.2]), same, [0.5, 0.3, 0.2], images(sizes=(40, 30, 7)))
@@ -88,6 +110,15 @@ def test_which_layers_it_is_for():
     assert unnormalised(Mixed().eval(), images()[0]) == ["second", "once"]
 
 
+def test_old_batch_norm_statistics_have_no_say():
+    given = [Mixed().state_dict() for _ in range(2)]
+    merged = weighted_average(given, [0.5, 0.5])
+    stale = merged | {"norm.running_var": merged["norm.running_var"] * 100}
+    one, other = (repair(Mixed(), state, given, [0.5, 0.5], images()) for state in (merged, stale))
+    assert torch.equal(one["second.weight"], other["second.weight"])
+    assert torch.equal(other["norm.running_var"], stale["norm.running_var"])
+
+
 def test_a_layer_without_bias_is_rescaled_only():
     models = [Mixed() for _ in range(2)]
     given = [model.state_dict() for model in models]
@@ -120,7 +151,7 @@ def test_a_dead_unit_stays_finite(value):
 
 
 def test_merge_repairs_permuted_parents():
-    """In merge, the parents are the models as they were permuted, and a part of the weight is everybody's own."""
+    """In merge; the mean over the units doesn't depend on their order."""
     batches, given = images(sizes=(100,)), states()
     weights = [[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [1 / 3] * 3]
     merged = merge(given, weights, "DIMAT", batches, model=plain(), bn_reset="none", rescale=True)
@@ -128,8 +159,12 @@ def test_merge_repairs_permuted_parents():
     for i in range(3):
         of_parents = [moments(plain(), state, "2", batches)[1].mean() for state in given]
         goal = sum(weight * value for weight, value in zip(weights[i], of_parents, strict=True))
-        # The mean over the units doesn't depend on their order.
         torch.testing.assert_close(moments(plain(), merged[i], "2", batches)[1].mean(), goal, rtol=1e-4, atol=0)
         assert moments(plain(), shrunk[i], "2", batches)[1].mean() < 0.8 * goal
+    spec = derive_spec(plain(), batches[0])
+    copies = [given[0], permute(spec, random_permutations(spec, torch.Generator().manual_seed(0)), given[0])]
+    same = merge(copies, [[0.7, 0.3], [0.4, 0.6]], "DIMAT", batches, model=plain(), bn_reset="none", rescale=True)
+    for merged, expected in zip(same, copies, strict=True):  # once permuted, the parents are identical
+        torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="rescale=True reads images"):
         merge(given, weights, "WA", model=plain(), bn_reset="none", rescale=True)
