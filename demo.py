@@ -19,7 +19,7 @@ from pathlib import Path
 from utils.plots import LABELS, Curve, accuracy_curve, accuracy_figure, read_metrics
 
 ROOT = Path(__file__).resolve().parent
-METHODS = ("DIMAT", "WA", "NONE")
+METHODS = ("DIMAT", "COMMON", "WA", "NONE")
 DISTRIBUTIONS = {
     "iid": "IID: every agent sees all classes alike",
     "dirichlet": "Dirichlet 0.5: every agent sees its own mixture",
