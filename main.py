@@ -76,7 +76,7 @@ class Fleet:
     states: dict[int, State]
     samples: dict[int, int]
     steps: dict[int, int]
-    aligned: set[int] = field(default_factory=set)  # agents here that have the common order of units
+    orders: dict[int, int] = field(default_factory=dict)  # agents here -> the common order of units they have
 
     @cached_property
     def faults(self) -> Faults:
@@ -106,16 +106,9 @@ class Fleet:
     def basis(self) -> CommonBasis:
         return CommonBasis(self.weights, self.o.num_models, self.o.root, self.o.align_every)
 
-    def turns(self, iteration: int, takes: np.ndarray) -> Turns:
+    def turns(self, iteration: int) -> Turns:
         """Whom the agents wait for and align themselves to before they lend their models in this iteration."""
-        if not METHODS[self.method].aligned:
-            return Turns()
-        turns = self.basis.at(iteration)
-        self.aligned |= {*turns.roots} & self.states.keys()
-        # Of agents on their own, who begins late or had nobody to align itself to takes before it gives.
-        late = {i: np.flatnonzero(takes[i]).tolist() for i in self.states.keys() - self.aligned - turns.towards.keys()
-                if self.basis.of[i] >= 0 and takes[i].any()}
-        return Turns({**turns.towards, **late}, turns.roots)
+        return self.basis.at(iteration) if METHODS[self.method].aligned else Turns()
 
     def merge(self, iteration: int, stats: list[dict]) -> dict[int, str]:
         """x_i <- sum_j w_ij P_ij(x_j) for every agent i here; `stats` gets a row for all that was matched.
@@ -133,11 +126,11 @@ class Fleet:
         else:
             images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
             data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
-        models = self.exchange(iteration, weights, images, stats)
-        weights = without(weights, [j for j in range(o.num_models) if j not in models])
-        merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
         resets = "none" if o.bn_reset == "none" else "after"  # before is done
         try:
+            models = self.exchange(iteration, weights, images, stats)
+            weights = without(weights, [j for j in range(o.num_models) if j not in models])
+            merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method,
                            model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
                            match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
@@ -151,34 +144,67 @@ class Fleet:
     def exchange(self, iteration: int, weights: np.ndarray, images: dict[int, Batches],
                  stats: list[dict]) -> dict[int, State]:
         """The models that the agents here merge in this iteration, their own too, in the order in which they lend."""
-        o, everybody = self.o, range(self.o.num_models)
-        turns = self.turns(iteration, taken(weights))
+        o, network, everybody = self.o, self.network, range(self.o.num_models)
+        turns = self.turns(iteration)
         aligns = bool(turns.towards)
         at_once = aligns and o.align == "at_once"
         bn_reset = "both" if o.bn_reset == "repair" else o.bn_reset
+        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
+                            compared=aligns or METHODS[self.method].reads_images) for i in images}
+        self.orders |= {i: int(self.basis.of[i]) for i in turns.roots if i in self.states}
         models: dict[int, State] = {}
-        self.network.old.clear()
-        for wave in [list(everybody)] if at_once else turns.waves(o.num_models):
-            lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
-                                compared=aligns or METHODS[self.method].reads_images) for i in images if i in wave}
-            for i in [] if at_once else lent:
-                if references := [j for j in turns.towards.get(i, ()) if j in models]:
+        network.old.clear()
+        for turn, wave in enumerate([list(everybody)] if at_once else turns.waves(o.num_models)):
+            for i in [] if at_once else [i for i in lent if i in wave]:
+                order = int(self.basis.of[i]) if aligns else -1
+                references = [j for j in turns.towards.get(i, ()) if j in models
+                              and (not network.may_miss or network.labels[j] == order)]
+                if references:
                     lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
-            models |= self.network.share(iteration, lent, np.where(np.isin(everybody, wave), weights, 0), o.wire,
-                                         like=self.trainer.model.state_dict())
-        return self.align_at_once(models, turns.roots[0], images, stats) if at_once else models
+                    self.states[i], self.orders[i] = lent[i], order
+            network.labels |= self.orders
+            models |= network.share(iteration, {i: lent[i] for i in lent if i in wave},
+                                    np.where(np.isin(everybody, wave), weights, 0), o.wire,
+                                    like=self.trainer.model.state_dict(), turn=turn)
+        if at_once:
+            return self.align_at_once(models, turns.roots[0], images, stats)
+        if network.may_miss and METHODS[self.method].aligned:
+            for i in images:
+                models = self.in_own_order(i, models, weights, images[i], stats)
+        return models
+
+    def in_own_order(self, i: int, models: dict[int, State], weights: np.ndarray, images: Batches,
+                     stats: list[dict]) -> dict[int, State]:
+        """The models that have come to agent i, whatever happened to the turns: all in one order of units.
+
+        An agent that lacks the order it should have, because it began late or nobody came when it was its turn, takes
+        it from whoever has it; else the lowest there is; else the agent of the lowest number begins one. Models that
+        came in another order are matched to its own, as in DIMAT.
+        """
+        others = sorted(models.keys() - {i})
+        label = {j: self.network.labels[j] for j in others}
+        own, should = self.orders.get(i, -1), int(self.basis.of[i])
+        known = {order for order in (own, *label.values()) if order >= 0}
+        order = should if should in known else min(known, default=-1)
+        if order >= 0 and order != own:
+            references = [j for j in others if label[j] == order]
+            models = models | {i: self.align(i, models[i], references, models, weights, images, stats)}
+            self.states[i], self.orders[i] = models[i], order
+        elif order < 0 and others and i < others[0]:
+            self.orders[i] = self.basis.again + i
+        foreign = [j for j in others if label[j] != self.orders.get(i, -1) or label[j] < 0]
+        return models | {j: self.align(j, models[j], [i], models, weights, images, stats) for j in foreign}
 
     def align(self, i: int, state: State, references: list[int], models: dict[int, State], weights: np.ndarray,
               images: Batches, stats: list[dict]) -> State:
         """Agent i's model in the order of units of `references`, among the models that have come."""
         correlations: list[dict[str, float]] = []
         found = align(self.spec, self.trainer.model, state, [models[j] for j in references],
-                      [weights[i, j] for j in references], images, correlations=correlations, at=self.o.match_at,
-                      prior=self.o.match_prior, match_memory=self.match_memory)
+                      [weights[i, j] or 1.0 for j in references], images, correlations=correlations,
+                      at=self.o.match_at, prior=self.o.match_prior, match_memory=self.match_memory,
+                      names=[*references, i])
         for j, of_pair in zip(references, correlations, strict=True):
             stats += match_stats(self.spec, i, j, found, of_pair)
-        self.aligned.add(i)
-        self.states[i] = permute(self.spec, found, self.states[i])
         return permute(self.spec, found, state)
 
     def align_at_once(self, models: dict[int, State], root: int, images: dict[int, Batches],
@@ -190,7 +216,6 @@ class Fleet:
                          correlations=correlations, at=self.o.match_at, match_memory=self.match_memory)
         for (i, j), of_pair in correlations.items():
             stats += [row for a, b in ((i, j), (j, i)) for row in match_stats(self.spec, a, b, found[a], of_pair)]
-        self.aligned |= self.states.keys()
         return {j: permute(self.spec, found[j], models[j]) for j in sorted(models)}
 
     @property
@@ -280,7 +305,7 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
         last = record(folder, network, fleet.trainer, fleet.test_parts, iteration, phase, began, {
             i: {"state": state, "evaluation": evaluations[i], "stats": stats.get(i), "samples": fleet.samples[i],
                 "steps": fleet.steps[i], "bytes_sent": 0, "bytes_received": 0, "took_part": int(i in up),
-                "aligned": i in fleet.aligned}
+                "order": fleet.orders.get(i, -1)}
             | {key: values[i] for key, values in figures.items()} for i, state in fleet.states.items()})
         if folder and iteration:
             folder.record_merge(iteration, [row for rows in last.get("matched", ()) for row in rows])
@@ -301,7 +326,7 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
     def commit(iteration: int, phase: str) -> None:
         if folder:
             folder.commit({"iteration": iteration, "phase": phase, "agents": list(network.recorded),
-                           "samples": last["samples"], "steps": last["steps"], "aligned": last["aligned"],
+                           "samples": last["samples"], "steps": last["steps"], "orders": last["order"],
                            "states": last["state"]},
                           keep=o.keep == "all")
 
@@ -428,6 +453,8 @@ def settle_alignment(o: Namespace, topology: Topology) -> None:
         if not together or topology.schedule or o.match_data != "all":
             raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "
                              "--topology fully_connected and --match_data all (--align in_turn does without)")
+        if o.match_prior != "none":
+            raise ValueError(f"--align at_once knows no --match_prior {o.match_prior}: --align in_turn does")
         if o.agent is not None or o.processes or o.agent_failure or o.link_failure:
             raise ValueError("--align at_once needs all agents to be there: --align in_turn does without")
 
@@ -505,7 +532,7 @@ def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | Non
     if saved is None:
         return dict.fromkeys(network.recorded)
     alike = {key: saved[key] for key in ("iteration", "phase")}
-    of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory", "aligned")
+    of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory", "orders")
                if key in saved}
     return {i: alike | {key: values[k] for key, values in of_each.items()} for k, i in enumerate(network.recorded)}
 
@@ -517,7 +544,8 @@ def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
         if share is not None:
             fleet.states[i] = {k: t.to(fleet.trainer.device) for k, t in share["state"].items()}
             fleet.samples[i], fleet.steps[i] = share["sample"], share["step"]
-            fleet.aligned |= {i} if share.get("aligned") else set()
+            if share.get("order", -1) >= 0:
+                fleet.orders[i] = share["order"]
             finished, phase = share["iteration"], share["phase"]
     return finished, phase
 

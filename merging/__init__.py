@@ -83,7 +83,7 @@ def match_all_at_once(spec, model, states, pairs, batches, *, at, match_memory, 
     agents = sorted({agent for pair in pairs for agent in pair})
     of_pairs: dict[Edge, dict[str, float]] = {}
     found = dict(zip(agents, universe(spec, model, [states[i] for i in agents], batches, at=at,
-                                      match_memory=match_memory, correlations=of_pairs), strict=True))
+                                      match_memory=match_memory, correlations=of_pairs, names=agents), strict=True))
     correlations |= {(agents[i], agents[j]): values for (i, j), values in of_pairs.items()}
     return {(i, j): between(found[i], found[j]) for i, j in pairs}
 
@@ -131,7 +131,8 @@ def merge(
     Args:
         models_or_states: N models of one architecture, or their state dicts (then `model` is needed).
         weights: mixing matrix (N, N), rows sum to 1: an array, a tensor or nested lists.
-        method: a name in METHODS: DIMAT (activation matching), WM (weight matching), WA (plain averaging).
+        method: a name in METHODS: DIMAT (activation matching), C2M3 (of all models together), WM (weight matching), WA
+            (plain averaging) and COMMON (the same, of models that have been brought into a common basis).
         batches: images (B, ...), or tuples that start with them, shared by all agents; read more than once.
         local_batches: the same, for each agent its own, instead of `batches`.
         model: the architecture, when state dicts are given.

@@ -138,6 +138,7 @@ def similarities(
     *,
     at: str = "all",
     match_memory: int | None = None,
+    names: Sequence[int] | None = None,
 ) -> Iterator[tuple[Edge, Similarity, int]]:
     """How alike the units of two models are: for every edge the correlations of their activations on the same images.
 
@@ -153,6 +154,7 @@ def similarities(
             are summed over all its consumers' inputs.
         match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
             taken in blocks, with one pass over the images per block, which is announced.
+        names: what errors call the models (None: their numbers).
 
     Yields (i, j), group -> (units, units), i's units by j's, on the CPU: what `assign` takes, and how many images there
     were. A group that nothing reads is most like itself as it stands; blocks are left out then, judged by what they
@@ -176,7 +178,8 @@ def similarities(
     for block in blocks:
         of_groups, images = _correlations(reader, states, block, batches)
         for i, j in block:
-            yield (i, j), {group: _similarity(reads, i, j, group) if reads else torch.eye(spec.sizes[group])
+            pair = f"{names[i]} and {names[j]}" if names else f"{i} and {j}"
+            yield (i, j), {group: _similarity(reads, i, j, group, pair) if reads else torch.eye(spec.sizes[group])
                            for group, reads in of_groups.items() if reads or group not in blocks_of_units}, images
 
 
@@ -282,10 +285,10 @@ def _side_by_side(device: torch.device) -> Iterator[Callable[[list[tuple[Callabl
         torch.set_num_threads(threads)  # new threads take the number that was set last
 
 
-def _similarity(reads: list[Correlation], i: int, j: int, group: str) -> Tensor:
+def _similarity(reads: list[Correlation], i: int, j: int, group: str, pair: str) -> Tensor:
     """(units, units) on the CPU: the correlations of i's units with j's, summed over the places they are read at."""
     correlation = sum(read.between(i, j) for read in reads)
     if not correlation.isfinite().all():
-        raise ValueError(f"matching models {i} and {j}: the activations of group {group!r} are not finite; "
+        raise ValueError(f"matching models {pair}: the activations of group {group!r} are not finite; "
                          "check the images and whether one of the models has diverged")
     return correlation.cpu()

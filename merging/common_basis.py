@@ -39,18 +39,21 @@ def align(
     at: str = "all",
     prior: str = "none",
     match_memory: int | None = None,
+    names: Sequence[int] | None = None,
 ) -> Permutations:
     """The permutations that take a model's units to the order of `references`, which agree on one.
 
     They maximise the correlation with the references' units, summed over these with `weights`. `correlations` is filled
-    with each reference's, group -> mean over the matched units; prior: a name in PRIORS; the rest as in `similarities`.
+    with each reference's, group -> mean over the matched units; prior: a name in PRIORS; names: of the references and
+    of the model, for errors; the rest as in `similarities`.
     Raises ValueError as that does, and when there is no reference or not one weight for each.
     """
     if not references or len(references) != len(weights):
         raise ValueError(f"align needs one weight for each reference: got {len(weights)} and {len(references)}")
     own = len(references)
     found = {edge[0]: (similarity, images) for edge, similarity, images in similarities(
-        spec, model, [*references, state], [(k, own) for k in range(own)], batches, at=at, match_memory=match_memory)}
+        spec, model, [*references, state], [(k, own) for k in range(own)], batches, at=at, match_memory=match_memory,
+        names=names)}
     each = [found[k][0] for k in range(own)]
     best = assign(spec, PRIORS[prior](spec, _weighted_sum(each, weights), found[0][1], at, sum(weights)))
     if correlations is not None:
@@ -68,6 +71,7 @@ def universe(
     correlations: dict[Edge, dict[str, float]] | None = None,
     at: str = "all",
     match_memory: int | None = None,
+    names: Sequence[int] | None = None,
 ) -> list[Permutations]:
     """For each model the permutations to one order of units, that of model `root`: cycle-consistent by construction.
 
@@ -75,11 +79,13 @@ def universe(
     is assigned to all the others as they stand, from a start where each is assigned to those before it, until a whole
     sweep improves none. The cycle-consistent matching of C2M3 (Crisostomi et al. 2024, arXiv 2405.17897), for
     activations, where the objective falls apart into groups, by alternating assignment instead of Frank-Wolfe.
-    `correlations` is filled with those of the pairs i < j; the rest as in `similarities`.
+    `correlations` is filled with those of the pairs i < j; the rest as in `similarities`, but that the similarities of
+    all pairs are kept, whatever match_memory.
     """
     pairs = list(itertools.combinations(range(len(states)), 2))
     found: dict[Edge, Similarity] = {}
-    for (i, j), similarity, _ in similarities(spec, model, states, pairs, batches, at=at, match_memory=match_memory):
+    for (i, j), similarity, _ in similarities(spec, model, states, pairs, batches, at=at, match_memory=match_memory,
+                                              names=names):
         found[i, j] = similarity
         found[j, i] = {group: value.T for group, value in similarity.items()}
     placed = {root: identity(spec)}
@@ -158,7 +164,9 @@ class CommonBasis:
 
     def __init__(self, weights: Callable[[int], np.ndarray], num_agents: int, root: int | None, every: int):
         self.weights, self.root, self.every = weights, root, every
-        self.of = np.full(num_agents, -1)  # agent -> the root whose order it has; -1: none but its own
+        # agent -> the order it has: the number of its root, plus num_agents whenever all have aligned again; -1: none
+        self.of = np.full(num_agents, -1)
+        self.again = 0
         self.iteration, self.turns = 0, Turns()
 
     def at(self, iteration: int) -> Turns:
@@ -171,6 +179,7 @@ class CommonBasis:
     def _next(self) -> Turns:
         if self.every and self.iteration > 1 and (self.iteration - 1) % self.every == 0:
             self.of[:] = -1
+            self.again += len(self.of)
         weights = self.weights(self.iteration)
         takes = (weights != 0) & ~np.eye(len(weights), dtype=bool)
         towards: dict[int, list[int]] = {}
@@ -180,12 +189,12 @@ class CommonBasis:
                 continue
             if part.size > 1 and self.of[part].max() < 0:
                 root = self.root if self.root in part else _centre(takes, part)
-                self.of[root] = root
+                self.of[root] = self.again + root
                 roots.append(int(root))
             members = Counter(self.of[part][self.of[part] >= 0].tolist())
             if not members:
                 continue  # alone
-            chosen = min(members, key=lambda root: (-members[root], root))
+            chosen = min(members, key=lambda order: (-members[order], order))
             settled = part[self.of[part] == chosen].tolist()
             for j in settled:  # grows
                 for i in np.flatnonzero(takes[:, j]).tolist():

@@ -24,8 +24,13 @@ Moments = tuple[Tensor, Tensor]
 
 def unnormalised(model: nn.Module, x: Tensor) -> list[str]:
     """The convolutions and linear layers to repair, by name: all but those that BatchNorm follows, the last one (what
-    it puts out is the answer), and those that are run several times, which have no one statistic."""
-    names = {module: name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    it puts out is the answer), and those that are run several times or share a weight, which have no one statistic, or
+    whose weight is made of others (a parametrisation)."""
+    state = model.state_dict(keep_vars=True)
+    owners = Counter(id(tensor) for tensor in state.values())
+    names = {module: name for name, module in model.named_modules() if isinstance(module, LAYERS) and all(
+        owners[id(state.get(f"{name}.{key}".lstrip(".")))] == 1
+        for key in ("weight", "bias") if getattr(module, key) is not None)}
     norms = [module for module in tracked_norms(model).values()]
     ran: list[tuple[nn.Module, Tensor]] = []
     normalised: list[nn.Module] = []

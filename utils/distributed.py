@@ -66,9 +66,12 @@ class Network:
     agents: tuple[int, ...]
     is_writer = True  # the one process that writes the run folder
     recorded: tuple[int, ...]  # the agents in that run folder
+    may_miss = False  # whether an agent may have to do without another's model, or with an old one
 
     def __init__(self) -> None:
         self.old: dict[int, int] = {}  # of which iteration a model is that `share` returned, where not of its own
+        # Agent -> a label of its model, to be set before it is shared; of others', where one may miss them.
+        self.labels: dict[int, int] = {}
         self.sent = dict.fromkeys(self.agents, 0)
         self.received = dict.fromkeys(self.agents, 0)
 
@@ -76,13 +79,13 @@ class Network:
         """Take every local agent's mail, which may be overwritten afterwards, and return at once."""
         raise NotImplementedError
 
-    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
-              like: State) -> dict[int, State]:
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
+              turn: int = 0) -> dict[int, State]:
         """Agent -> model: all that the agents here take by `mixing` (N, N), entry i, j what i takes of j's, theirs too.
 
         models: of the agents here that somebody takes; like: a state dict of the same architecture; wire: a name in
         `utils.wire.WIRES`. What comes back has been through it, so that everybody merges the same; nothing in it may
-        be written to.
+        be written to. turn: after how many others' turns these models are sent, who may each keep them waiting.
         """
         raise NotImplementedError
 
@@ -130,8 +133,8 @@ class OneProcess(Network):
         self.agents = self.recorded = tuple(range(num_agents))
         super().__init__()
 
-    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
-              like: State) -> dict[int, State]:
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
+              turn: int = 0) -> dict[int, State]:
         self._count_models(taken(mixing), wire_bytes(like, wire))
         return {j: through(state, wire) for j, state in models.items()}
 
@@ -181,8 +184,8 @@ class ManyProcesses(Network):
                             [(j, staged[id(v)], f"agent {j} to take its message") for j, v in mail.to.items()])
         return {self.rank: _OnItsWay(self, arrivals, works, list(staged.values()))}
 
-    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
-              like: State) -> dict[int, State]:
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
+              turn: int = 0) -> dict[int, State]:
         takes, size = taken(mixing), wire_bytes(like, wire)
         self._count_models(takes, size)
         readers = {j: sorted({self.home[i] for i in np.flatnonzero(takes[:, j]).tolist()} - {self.home[j]})

@@ -33,10 +33,13 @@ PAUSE = 1.0  # the longest one between two looks, in seconds
 class SharedFolder(Network):
     """One agent, whose network is `folder/<run>/agent_<i>/iteration_<k>.pt`.
 
-    timeout: seconds to wait for the neighbours' models of an iteration; who hasn't published by then is left out, or
+    timeout: seconds to wait for the neighbours' models of an iteration (as many times more as there are others whose
+    turn is before them); who hasn't published by then is left out, or
     with `staleness` stood in for by its last model if that is at most so many iterations old. Who was left out isn't
     waited for again until it publishes something.
     """
+
+    may_miss = True
 
     def __init__(self, agent: int, folder: Path, timeout: float, staleness: int) -> None:
         self.agents = self.recorded = (agent,)
@@ -99,8 +102,8 @@ class SharedFolder(Network):
                 f"{iteration}")
         return begin
 
-    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str,
-              like: State) -> dict[int, State]:
+    def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
+              turn: int = 0) -> dict[int, State]:
         takes, size = taken(mixing), wire_bytes(like, wire)
         state = models.get(self.agent)
         if readers := np.flatnonzero(takes[:, self.agent]).tolist():
@@ -110,6 +113,7 @@ class SharedFolder(Network):
             self.sent[self.agent] += size * len(readers)
         found: dict[int, State] = {} if state is None else {self.agent: through(state, wire)}
         began, pause, said = time.monotonic(), 0.01, False
+        timeout = (1 + turn) * self.timeout
         missing = np.flatnonzero(takes[self.agent]).tolist()
         while True:
             for j in list(missing):
@@ -118,13 +122,13 @@ class SharedFolder(Network):
                     missing.remove(j)
             awaited = [j for j in missing if self.silent.get(j) != self._signs(j)]
             waited = time.monotonic() - began
-            if not awaited or waited >= self.timeout:
+            if not awaited or waited >= timeout:
                 break
             if waited > PATIENCE and not said:
                 said = True
-                say(f"agent {self.agent}, iteration {iteration}: waiting for {_names(awaited)}, {self.timeout:g} s at "
+                say(f"agent {self.agent}, iteration {iteration}: waiting for {_names(awaited)}, {timeout:g} s at "
                     "most (--timeout)")
-            time.sleep(min(pause, self.timeout - waited))
+            time.sleep(min(pause, timeout - waited))
             pause = min(PAUSE, 1.3 * pause)
         for j in missing:
             oldest = iteration - self.staleness
@@ -132,7 +136,7 @@ class SharedFolder(Network):
             replaced = self._take(j, recent, iteration, wire, like, found)
             if j in awaited or self.missed[j] != replaced:
                 instead = f"its model of iteration {self.old[j]} stands in" if replaced else "merging without it"
-                within = f" within --timeout {self.timeout:g} s" if j in awaited else ""
+                within = f" within --timeout {timeout:g} s" if j in awaited else ""
                 say(f"warning: agent {self.agent}, iteration {iteration}: no model of agent {j}{within}: {instead}")
             self.silent[j], self.missed[j] = self._signs(j), replaced
         self.received[self.agent] += size * len(found.keys() - {self.agent})
@@ -141,7 +145,8 @@ class SharedFolder(Network):
     def _publish(self, iteration: int, vector: Tensor) -> None:
         vector = vector.cpu()
         save_tensors(self._home(self.agent) / f"iteration_{iteration:06d}.pt", {
-            "run": self.run, "agent": self.agent, "iteration": iteration, "sha256": _checksum(vector), "model": vector})
+            "run": self.run, "agent": self.agent, "iteration": iteration, "label": self.labels.get(self.agent, -1),
+            "sha256": _checksum(vector), "model": vector})
 
     def _prune(self, iteration: int, oldest: int) -> None:
         """Delete our models that nobody needs any more: whoever takes one has published a later one, or is silent.
@@ -196,7 +201,7 @@ class SharedFolder(Network):
 
     def _vector(self, content: object, agent: int, iteration: int) -> Tensor:
         """The bytes in what `_publish` wrote. ValueError for anything else."""
-        keys = {"run", "agent", "iteration", "sha256", "model"}
+        keys = {"run", "agent", "iteration", "label", "sha256", "model"}
         if not isinstance(content, dict) or content.keys() != keys:
             raise ValueError("it is not what an agent publishes")
         for key, value in {"run": self.run, "agent": agent, "iteration": iteration}.items():
@@ -205,6 +210,9 @@ class SharedFolder(Network):
         vector = content["model"]
         if not isinstance(vector, Tensor) or vector.dtype != torch.uint8 or _checksum(vector) != content["sha256"]:
             raise ValueError("its checksum is wrong")
+        if not isinstance(content["label"], int):
+            raise ValueError(f"its label is {content['label']!r}")
+        self.labels[agent] = content["label"]
         return vector
 
 

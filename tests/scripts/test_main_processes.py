@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from merging.permutation import derive_spec, permute, random_permutations
+from models import build_model
 from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
 from utils.wire import wire_bytes
@@ -268,6 +270,34 @@ def test_who_comes_late_takes_the_others_order_of_units_before_it_gives(tmp_path
     assert {(row["iteration"], row["neighbour"]) for row in stats[1]} == {("1", "0")}
     assert {(row["iteration"], row["neighbour"]) for row in stats[2]} == {("3", "0"), ("3", "1")}
     assert any(float(row["moved"]) > 0 for row in stats[2])
+
+
+@pytest.mark.slow
+def test_whoever_is_missing_models_in_different_orders_are_never_averaged(checkpoints, tmp_path):
+    """All agents have the same model in different orders of units, so that every right merge leaves it as it is."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    (copies / "config.yaml").write_bytes((checkpoints / "config.yaml").read_bytes())
+    model = build_model("resnet20", 10, in_channels=1, image_size=8, width_multiplier=1)
+    spec = derive_spec(model, torch.zeros(1, 1, 8, 8))
+    state = torch.load(checkpoints / "model_0.pth", weights_only=True)
+    for i in range(4):
+        order = random_permutations(spec, torch.Generator().manual_seed(i))
+        torch.save(permute(spec, order, state), copies / f"model_{i}.pth")
+    flags = ["--dataset=digits", "--num_models=4", "--opt=COMMON", "--exp=2", "--bn_reset=none", "--merg_itr=5",
+             f"--ckp={copies}", "--exchange=folder:meeting", "--timeout=2"]
+    for together in ((1, 2, 3), (0,)):  # the root comes when the others have finished
+        running = [process("main", *flags, f"--agent={i}", cwd=tmp_path) for i in together]
+        printed = [one.communicate(timeout=200)[0] for one in running]
+        assert [one.returncode for one in running] == [0] * len(together), printed
+    run = next(tmp_path.glob("results/**/agent_0")).parent
+    loss = {i: {float(row["test_loss"]) for row in rows_of(run / f"agent_{i}")} for i in range(4)}
+    expected = max(loss[0])
+    assert all(abs(value - expected) < 1e-3 for values in loss.values() for value in values), loss
+    merged = [row for row in rows_of(run / "agent_2") if row["phase"] == "merged"]
+    assert [row["merged_with"] for row in merged] == ["1 3"] * 5
+    stats = list(csv.DictReader((run / "agent_2/merge_stats.csv").open()))
+    assert max(int(row["iteration"]) for row in stats) < 5  # by then they have one order, and nothing is matched
 
 
 @pytest.mark.parametrize(("flags", "word"), [
