@@ -153,7 +153,6 @@ class Fleet:
                             compared=aligns or METHODS[self.method].reads_images) for i in images}
         self.orders |= {i: int(self.basis.of[i]) for i in turns.roots if i in self.states}
         models: dict[int, State] = {}
-        network.old.clear()
         for turn, wave in enumerate([list(everybody)] if at_once else turns.waves(o.num_models)):
             for i in [] if at_once else [i for i in lent if i in wave]:
                 order = int(self.basis.of[i]) if aligns else -1

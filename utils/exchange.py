@@ -115,6 +115,7 @@ class SharedFolder(Network):
         began, pause, said = time.monotonic(), 0.01, False
         timeout = (1 + turn) * self.timeout
         missing = np.flatnonzero(takes[self.agent]).tolist()
+        self.old = {j: k for j, k in self.old.items() if j not in missing}
         while True:
             for j in list(missing):
                 # What the others publish after this iteration is as good, if its own model is gone by now.
@@ -168,7 +169,6 @@ class SharedFolder(Network):
             state = self._read(agent, k, wire, like)
             if state is not None:
                 found[agent] = state
-                self.old.pop(agent, None)
                 if k != iteration:
                     self.old[agent] = k
                 return True

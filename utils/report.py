@@ -89,6 +89,8 @@ def comparable(config: dict[str, Any]) -> dict[str, Hashable]:
         options |= pretraining(Path(str(options["ckp"])))
     if options.get("training") is False:
         options |= dict.fromkeys(LOCAL_TRAINING)
+    if options.get("opt") not in ("DIMAT", "COMMON"):
+        options["match_prior"] = None
     return options | (dict.fromkeys(MATCHING) if options.get("opt") == "NONE" else {})
 
 

@@ -90,11 +90,15 @@ class Planner:
 
     def checkpoints(self, argv: Sequence[str]) -> Path:
         """Where `train.py argv` puts its checkpoints."""
+        return checkpoint_folder(self.settled_training(argv))
+
+    def settled_training(self, argv: Sequence[str]) -> dict[str, Any]:
+        """All options of `train.py argv`."""
         from train import fill_defaults
 
         o = self._parse("train", [*argv])
         fill_defaults(o)
-        return checkpoint_folder(vars(o))
+        return vars(o)
 
     def run(self, script: str, options: Mapping[str, Any], title: str, after: Job | None, launched: bool) -> Job:
         """A run of main.py or base_lines.py; with `launched` a process for each agent."""
@@ -165,11 +169,13 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
         for one in _grids(content[script]) if content.get(script) else ():
             one = dict(one)
             launched = script == "base_lines" and one.pop("launch", True)
-            own = [(base | options, job, ckp) for base, job, ckp in starts for options in grid(one)
-                   if all(base.get(key, options[key]) == options[key] for key in _SAME & options.keys())]
-            if not own:
-                named = ", ".join(f"{key}={one[key]}" for key in one if key in _SAME)
-                raise ValueError(f"{script}: no pre-training has {named}: add it to train")
+            own = []
+            for options in grid(one):
+                fitting = [start for start in starts if _fits(options, *start, planner)]
+                if not fitting:
+                    named = ", ".join(f"{key}={options[key]}" for key in options if key in _SAME)
+                    raise ValueError(f"{script}: no pre-training has {named}: add it to train")
+                own += [(base | options, job, ckp) for base, job, ckp in fitting]
             names = varying([options for options, *_ in own])
             for options, job, ckp in own:
                 shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
@@ -182,12 +188,26 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
 
 _SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed", "width_multiplier", "train_samples",
            "test_samples", "holdout", "data_dir", "imgntdir", "device")
-_SAME = {"dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout"}
+_SAME = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout")
+
+
+def _fits(options: Mapping[str, Any], base: Mapping[str, Any], job: Job | None, ckp: Path | None,
+          planner: Planner) -> bool:
+    """Whether a run with these options can start from that pre-training; one from random models can from any."""
+    if ckp is None or _true(options.get("randominit")):
+        return True
+    trained = planner.settled_training([*arguments(_for("train", base, planner)),
+                                        *planner.known("train", planner.extra)])
+    return all(str(options[key]) == str(trained["dataset" if key == "data" else key])
+               for key in _SAME if options.get(key) is not None)
 
 
 def _grids(part: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """A part's grids, of which one needs no list."""
-    return [dict(one) for one in ([part or {}] if isinstance(part or {}, Mapping) else part)]
+    grids = [part or {}] if isinstance(part or {}, Mapping) else part
+    if not isinstance(grids, list) or not all(isinstance(one, Mapping) for one in grids):
+        raise ValueError(f"{part!r} is no grid (option: value or list of values), nor a list of grids")
+    return [dict(one) for one in grids]
 
 
 def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:

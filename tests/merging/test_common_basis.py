@@ -117,6 +117,14 @@ def test_every_reference_needs_a_weight(spec, model, states, references, weights
         align(spec, model, states[3], states[:references], [1.0] * weights, images())
 
 
+def test_errors_name_the_agents(spec, model, states):
+    broken = states[1] | {"conv1.weight": torch.full_like(states[1]["conv1.weight"], torch.inf)}
+    with pytest.raises(ValueError, match="models 5 and 4"):
+        align(spec, model, states[0], [broken], [1.0], images(), names=[5, 4])
+    with pytest.raises(ValueError, match="models 3 and 7"):
+        universe(spec, model, [states[0], broken], images(), names=[3, 7])
+
+
 # All at once
 
 

@@ -110,6 +110,32 @@ def test_which_layers_it_is_for():
     assert unnormalised(Mixed().eval(), images()[0]) == ["second", "once"]
 
 
+class Odd(nn.Module):
+    """Two layers that share a weight, one under two names, and one whose weight is made of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tied = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.first.weight
+        self.again = nn.ModuleList([nn.Linear(4, 4)])
+        self.alias = self.again[0]
+        self.made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.plain, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer in (self.first, self.tied, self.alias, self.made, self.plain):
+            x = layer(x).relu() + 0.1
+        return self.head(x)
+
+
+def test_weights_that_have_several_owners_or_none_are_left_alone():
+    assert unnormalised(Odd(), torch.randn(5, 4)) == ["plain"]
+    given = [Odd().state_dict() for _ in range(2)]
+    merged = weighted_average(given, [0.5, 0.5])
+    repaired = repair(Odd(), merged, given, [0.5, 0.5], [torch.randn(50, 4)])
+    assert {key for key in merged if not torch.equal(merged[key], repaired[key])} == {"plain.weight", "plain.bias"}
+
+
 def test_old_batch_norm_statistics_have_no_say():
     given = [Mixed().state_dict() for _ in range(2)]
     merged = weighted_average(given, [0.5, 0.5])

@@ -131,7 +131,15 @@ def test_runs_start_from_the_pretrainings_that_they_name():
     once = [("0.1", "dirichlet", "4", "WA"), ("iid", "3", "NONE"), ("iid", "4", "NONE"), ("iid", "4", "WA")]
     assert found == [run for run in once for _ in range(2)]
     with pytest.raises(ValueError, match="main: no pre-training has num_models=5"):
-        plan_file(several | {"main": {"num_models": 5}}, Planner(scripts_parsers()))
+        plan_file(several | {"main": {"num_models": [4, 5]}}, Planner(scripts_parsers()))
+    with pytest.raises(ValueError, match="main: no pre-training has model=vgg16"):
+        plan_file(several | {"main": {"model": "vgg16"}}, Planner(scripts_parsers()))
+    with pytest.raises(ValueError, match="'foo' is no grid"):
+        plan_file(several | {"train": "foo"}, Planner(scripts_parsers()))
+    # What starts from random models starts from anything.
+    for without in ({"randominit": True, "num_models": 7}, {"randominit": True, "data": "digits", "num_models": 8}):
+        for file in (several | {"main": without}, {"all": several["all"], "main": without}):
+            assert any(job.script == "main" for job in plan_file(file, Planner(scripts_parsers())))
 
 
 def python(code: str, title: str, after=()) -> Job:

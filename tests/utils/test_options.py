@@ -4,7 +4,7 @@ import torch
 from utils.options import boolean, main_parser, parse, pick_device, train_parser
 
 TRAIN = (["digits"], ["resnet20"], ["iid", "dirichlet"])
-MAIN = (*TRAIN, ["DIMAT", "WA"], ["ring"], {1: "fully_connected", 2: "ring"}, ["fp32"], ["auto"])
+MAIN = (*TRAIN, ["DIMAT", "WA"], ["ring"], {1: "fully_connected", 2: "ring"}, ["none"], ["fp32"], ["auto"])
 
 
 def main_options(*argv):
