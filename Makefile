@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(RUN) demo.py
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
