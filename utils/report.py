@@ -133,7 +133,7 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
 def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
     """The mean of `column` over the agents at iteration `at`, 'final' or 'best', or its 'mean' over all iterations.
 
-    Raises ValueError, saying why, where the run has none.
+    'to:A' is the first iteration after the start at which that is at least A (at most, if it is no accuracy). Raises ValueError, saying why, where the run has none.
     """
     if isinstance(at, str) and run.finished < run.options["merg_itr"]:
         raise ValueError(f"unfinished: {run.finished} of {run.options['merg_itr']} iterations are done")
@@ -144,6 +144,12 @@ def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
         return float(curve.mean.max() if "accuracy" in column else curve.mean.min())
     if at == "mean":
         return float(curve.mean.mean())
+    if isinstance(at, str) and at.startswith("to:"):
+        target = float(at[3:])
+        there = curve.iterations[curve.mean >= target if "accuracy" in column else curve.mean <= target]
+        if not len(there):
+            raise ValueError(f"{column} never gets to {target:g}")
+        return float(there[0])
     found = curve.mean[-1:] if at == "final" else curve.mean[curve.iterations == at]
     if not len(found):
         raise ValueError(f"nothing at iteration {at}: the last one is {curve.iterations[-1]}")
@@ -309,9 +315,10 @@ def make_parser() -> ArgumentParser:
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="folders with run folders somewhere below")
     p.add_argument("--rows", default="opt", metavar="A,B", help="options of config.yaml whose values make the rows")
     p.add_argument("--cols", default="topology,data_dist", metavar="A,B", help="options that make the columns")
-    p.add_argument("--metric", default="final", metavar="final|best|mean|at:K",
+    p.add_argument("--metric", default="final", metavar="final|best|mean|at:K|to:A",
                    help="a run's last iteration, its best (the lowest, if no accuracy), the mean over all (the area "
-                        "under the curve), or iteration K (0: the start)")
+                        "under the curve), iteration K (0: the start), or the first iteration with an accuracy of at least A "
+                        "(of the runs that get there)")
     p.add_argument("--column", default="test_accuracy", metavar="NAME", help="column of metrics.csv, mean over agents")
     p.add_argument("--phase", choices=["merged", "trained"], default=None,
                    help="rows of metrics.csv to read (default: merged, of baselines trained)")
@@ -334,8 +341,9 @@ def check_names(flag: str, names: str, runs: Sequence[Run]) -> list[str]:
 
 def report(o: Namespace) -> tuple[str, list[str]]:
     """The table with what is said around it, and notes on runs. Raises ValueError for what the user can mend."""
-    if not (metric := re.fullmatch(r"final|best|mean|at:(\d+)", o.metric)):
-        raise ValueError(f"--metric {o.metric}: give final, best, mean or at:K with an iteration K, such as at:10")
+    if not (metric := re.fullmatch(r"final|best|mean|at:(\d+)|to:\d+(\.\d+)?", o.metric)):
+        raise ValueError(f"--metric {o.metric}: give final, best, mean, at:K with an iteration K, such as at:10, or to:A "
+                         "with an accuracy, such as to:80")
     at = o.metric if metric[1] is None else int(metric[1])
     for file in filter(None, (o.csv, o.latex)):
         if Path(file).exists() and not o.overwrite:

@@ -395,7 +395,7 @@ def _options(p: ArgumentParser, runs: bool) -> None:
     p.add_argument("--gpus", default=None, metavar="0,1", help="deal the jobs out to these GPUs")
     p.add_argument("--log_dir", default="runs", metavar="DIR", help="where the logs go, one for each job")
     if runs:
-        p.add_argument("--dry_run", dest="run_python", action="store_false", default=True,
+        p.add_argument("--dry_run", action="store_true",
                        help="print the commands and how many there are, and run none")
     else:
         p.add_argument("--run_python", type=boolean, default=False, metavar="True|False",
@@ -454,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs = plan_flags(script, o, Planner(scripts_parsers(), argv[cut + 1:]))
         else:
             o = file_parser().parse_args(argv)
-            o.how_to_run = "leaving out --dry_run"
+            o.run_python, o.how_to_run = not o.dry_run, "leaving out --dry_run"
             if not Path(o.file).is_file():
                 raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
             jobs = plan_file(load_yaml(Path(o.file)), Planner(scripts_parsers()))

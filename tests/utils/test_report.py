@@ -116,6 +116,16 @@ def test_metric_picks_the_iteration(add, report):
     assert report("--column=consensus_distance", "--metric=best")[0][1][1] == "0.3333 (1)"
 
 
+def test_iterations_to_a_target(add, report):
+    add("a", [50, 80, 79, 90], merg_itr=4)
+    add("b", [50, 60, 79.9, 80], merg_itr=4, seed=1)
+    add("c", [50, 60, 70, 79.9], merg_itr=4, seed=2)
+    table, out, noted = report("--metric=to:80")
+    assert table[1] == ["DIMAT", "3.0000 ± 1.4142 (2)"] and "c: test_accuracy never gets to 80" in noted
+    # 1 / iteration, in these runs
+    assert report("--metric=to:0.4", "--column=consensus_distance")[0][1] == ["DIMAT", "3.0000 ± 0.0000 (3)"]
+
+
 def test_the_mean_over_the_merges_is_the_area_under_the_curve(add, report):
     add("a", [30, 50, 70.5], merg_itr=3)
     assert report("--metric=mean")[0][1][1] == "50.17 (1)"  # the accuracy of 99 at the start is no result
@@ -338,7 +348,9 @@ def test_errors_are_one_line(add, error, tmp_path):
     assert "--cols colour:" in error("--cols=colour")
     assert "one that is no column's too" in error("--cols=opt")
     assert "rows need an option" in error("--rows=,")
-    assert "--metric last: give final, best, mean or at:K" in error("--metric=last")
+    assert "--metric last: give final, best, mean, at:K" in error("--metric=last")
+    assert "--metric to:: give" in error("--metric=to:")
+    assert "never gets to 99" in error("--metric=to:99")
     assert "nothing at iteration 9: the last one is 2" in error("--metric=at:9")
     assert "there are test_accuracy, train_accuracy, consensus_distance" in error("--column=agent")
     assert "no train_accuracy in the phases merged" in error("--column=train_accuracy")
@@ -400,7 +412,7 @@ def test_the_command_runs_and_its_help_teaches(add, tmp_path):
     assert done.returncode == 0 and "| DIMAT | 50.00 (1)" in done.stdout
     help_ = subprocess.run([*command, "-h"], capture_output=True, text=True).stdout
     assert "example:\n  python -m utils.report results/" in help_
-    assert "iteration K (0: the start) (default: final)" in " ".join(help_.split())
+    assert "of the runs that get there) (default: final)" in " ".join(help_.split())
 
 
 def test_a_run_that_is_older_than_an_option_had_its_usual_value(add, report):
