@@ -202,8 +202,8 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--match_at", choices=["last", "all"], default="all",
                    help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
     g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
-                   help="most memory for the correlation matrices; beyond it the edges are taken in blocks (but by --align "
-                        "at_once and C2M3, which hold all pairs)")
+                   help="most memory for the correlation matrices; beyond it the edges are taken in blocks (but by "
+                        "--align at_once and C2M3, which hold all pairs)")
     g.add_argument("--match_prior", choices=list(priors), default="none",
                    help="DIMAT and COMMON: identity leaves units where they are unless the gain in correlation exceeds "
                         "the noise of its estimate (for agents that began alike)")
@@ -213,8 +213,8 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--align_every", type=number(int, 0), default=0, metavar="K",
                    help="COMMON: align again every K merges; 0 = only before the first")
     g.add_argument("--root", type=number(int, 0), default=None, metavar="I",
-                   help="COMMON: the agent whose order of units the others take (default, and where it is down or in another "
-                        "part: the centre of the graph)")
+                   help="COMMON: the agent whose order of units the others take (default, and where it is down or in "
+                        "another part: the centre of the graph)")
     g.add_argument("--bn_reset", choices=["none", "after", "both", "repair"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well; "
                         "repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)")

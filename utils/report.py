@@ -133,7 +133,8 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
 def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
     """The mean of `column` over the agents at iteration `at`, 'final' or 'best', or its 'mean' over all iterations.
 
-    'to:A' is the first iteration after the start at which that is at least A (at most, if it is no accuracy). Raises ValueError, saying why, where the run has none.
+    'to:A' is the first iteration at which that is at least A (at most, if it is no accuracy).
+    Raises ValueError, saying why, where the run has none.
     """
     if isinstance(at, str) and run.finished < run.options["merg_itr"]:
         raise ValueError(f"unfinished: {run.finished} of {run.options['merg_itr']} iterations are done")
@@ -317,8 +318,8 @@ def make_parser() -> ArgumentParser:
     p.add_argument("--cols", default="topology,data_dist", metavar="A,B", help="options that make the columns")
     p.add_argument("--metric", default="final", metavar="final|best|mean|at:K|to:A",
                    help="a run's last iteration, its best (the lowest, if no accuracy), the mean over all (the area "
-                        "under the curve), iteration K (0: the start), or the first iteration with an accuracy of at least A "
-                        "(of the runs that get there)")
+                        "under the curve), iteration K (0: the start), or the first iteration with an accuracy of at "
+                        "least A (of the runs that get there)")
     p.add_argument("--column", default="test_accuracy", metavar="NAME", help="column of metrics.csv, mean over agents")
     p.add_argument("--phase", choices=["merged", "trained"], default=None,
                    help="rows of metrics.csv to read (default: merged, of baselines trained)")
@@ -342,8 +343,8 @@ def check_names(flag: str, names: str, runs: Sequence[Run]) -> list[str]:
 def report(o: Namespace) -> tuple[str, list[str]]:
     """The table with what is said around it, and notes on runs. Raises ValueError for what the user can mend."""
     if not (metric := re.fullmatch(r"final|best|mean|at:(\d+)|to:\d+(\.\d+)?", o.metric)):
-        raise ValueError(f"--metric {o.metric}: give final, best, mean, at:K with an iteration K, such as at:10, or to:A "
-                         "with an accuracy, such as to:80")
+        raise ValueError(f"--metric {o.metric}: give final, best, mean, at:K with an iteration K, such as at:10, or "
+                         "to:A with an accuracy, such as to:80")
     at = o.metric if metric[1] is None else int(metric[1])
     for file in filter(None, (o.csv, o.latex)):
         if Path(file).exists() and not o.overwrite:

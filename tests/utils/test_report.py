@@ -120,7 +120,7 @@ def test_iterations_to_a_target(add, report):
     add("a", [50, 80, 79, 90], merg_itr=4)
     add("b", [50, 60, 79.9, 80], merg_itr=4, seed=1)
     add("c", [50, 60, 70, 79.9], merg_itr=4, seed=2)
-    table, out, noted = report("--metric=to:80")
+    table, _, noted = report("--metric=to:80")
     assert table[1] == ["DIMAT", "3.0000 ± 1.4142 (2)"] and "c: test_accuracy never gets to 80" in noted
     # 1 / iteration, in these runs
     assert report("--metric=to:0.4", "--column=consensus_distance")[0][1] == ["DIMAT", "3.0000 ± 0.0000 (3)"]
