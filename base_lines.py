@@ -21,7 +21,7 @@ from torch import Tensor
 from data.batches import Batches
 from data.datasets import DATASETS, Dataset
 from data.partition import PARTITIONS
-from main import initial_states, matrices, open_run, record, settle_options, shares, start_that_matters
+from lifecycle import initial_states, matrices, open_run, record, settle_options, shares, start_that_matters
 from models import MODELS
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.cga import CGA_FORMS, CGA_SCOPES

@@ -1,0 +1,232 @@
+"""The agents of one process, and what they do in an iteration: exchange models, align, merge, train, evaluate."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from data.batches import Batches
+from data.datasets import class_balanced
+from merging import METHODS, match_stats, merge, outgoing
+from merging.common_basis import CommonBasis, Turns, align, universe
+from merging.permutation import PermutationSpec, derive_spec, permute
+from train import LocalTrainer, new_model
+from utils import training
+from utils.distributed import Network, taken
+from utils.faults import Faults, surviving, without
+from utils.progress import progress
+from utils.seeds import generator
+from utils.topology import Topology
+
+State = dict[str, torch.Tensor]
+ALONE = "NONE"  # the reference line: agents train and never merge
+
+
+@dataclass
+class Fleet:
+    """The agents of this process, their models, what they have done so far, and the network that ties them to the rest.
+
+    train_parts, test_parts: of all agents, but train_parts may be empty for those that live elsewhere.
+    """
+
+    o: Namespace
+    topology: Topology
+    network: Network
+    trainer: LocalTrainer
+    train_parts: list[np.ndarray]
+    test_parts: list[np.ndarray]
+    states: dict[int, State]
+    samples: dict[int, int]
+    steps: dict[int, int]
+    orders: dict[int, int] = field(default_factory=dict)  # agents here -> the common order of units they have
+
+    @cached_property
+    def faults(self) -> Faults:
+        return Faults(self.o.link_failure, self.o.agent_failure, self.o.seed)
+
+    def up(self, iteration: int) -> list[int]:
+        """The agents of this process that take part in an iteration."""
+        up = self.faults.agents(iteration, self.o.num_models)
+        return [i for i in self.states if up[i]]
+
+    def weights(self, iteration: int) -> np.ndarray:
+        """(N, N): the mixing matrix of iteration 1, 2, ..., without what fails in it."""
+        if self.o.opt == ALONE:
+            return np.eye(self.o.num_models)
+        return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.o.num_models))
+
+    def matching_batches(self, indices: np.ndarray, agent: int, iteration: int) -> Batches:
+        """The images that matching and BatchNorm re-estimation read in this iteration, the same for all models."""
+        o, dataset = self.o, self.trainer.dataset
+        if 0 < o.match_samples < len(indices):
+            labels = dataset.train.labels.cpu().numpy()[indices]
+            indices = indices[class_balanced(labels, o.match_samples, generator(o.seed, agent, iteration, "sample"))]
+        return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
+                       make_generator=lambda: generator(o.seed, agent, iteration, "match"))
+
+    @cached_property
+    def basis(self) -> CommonBasis:
+        return CommonBasis(self.weights, self.o.num_models, self.o.root, self.o.align_every)
+
+    def turns(self, iteration: int) -> Turns:
+        """Whom the agents wait for and align themselves to before they lend their models in this iteration."""
+        return self.basis.at(iteration) if METHODS[self.method].aligned else Turns()
+
+    def merge(self, iteration: int, stats: list[dict]) -> dict[int, str]:
+        """x_i <- sum_j w_ij P_ij(x_j) for every agent i here; `stats` gets a row for all that was matched.
+
+        Returns whose models each one merged with its own: "0 3", or "0 3@7" where the last that was to be had of 3 was
+        of iteration 7.
+        """
+        o, network = self.o, self.network
+        weights = self.weights(iteration)
+        takes = taken(weights)
+        merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
+        if o.match_data == "all":
+            shared = self.matching_batches(np.sort(np.concatenate(self.train_parts)), 0, iteration)
+            images, data = dict.fromkeys(merging, shared), {"batches": shared}
+        else:
+            images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
+            data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
+        resets = "none" if o.bn_reset == "none" else "after"  # before is done
+        try:
+            models = self.exchange(iteration, weights, images, stats)
+            weights = without(weights, [j for j in range(o.num_models) if j not in models])
+            merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
+            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method,
+                           model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
+                           match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
+                           agents=merging, **data)
+        except ValueError as error:
+            raise ValueError(f"iteration {iteration}: {error}") from error
+        self.states |= {i: merged[i] for i in merging}
+        names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
+        return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
+
+    def exchange(self, iteration: int, weights: np.ndarray, images: dict[int, Batches],
+                 stats: list[dict]) -> dict[int, State]:
+        """The models that the agents here merge in this iteration, their own too, in the order in which they lend."""
+        o, network, everybody = self.o, self.network, range(self.o.num_models)
+        turns = self.turns(iteration)
+        aligns = bool(turns.towards)
+        at_once = aligns and o.align == "at_once"
+        bn_reset = "both" if o.bn_reset == "repair" else o.bn_reset
+        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
+                            compared=aligns or METHODS[self.method].reads_images) for i in images}
+        self.orders |= {i: int(self.basis.of[i]) for i in turns.roots if i in self.states}
+        models: dict[int, State] = {}
+        for turn, wave in enumerate([list(everybody)] if at_once else turns.waves(o.num_models)):
+            for i in [] if at_once else [i for i in lent if i in wave]:
+                order = int(self.basis.of[i]) if aligns else -1
+                references = [j for j in turns.towards.get(i, ()) if j in models
+                              and (not network.may_miss or network.labels[j] == order)]
+                if references:
+                    lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
+                    self.states[i], self.orders[i] = lent[i], order
+            network.labels |= self.orders
+            models |= network.share(iteration, {i: lent[i] for i in lent if i in wave},
+                                    np.where(np.isin(everybody, wave), weights, 0), o.wire,
+                                    like=self.trainer.model.state_dict(), turn=turn)
+        if at_once:
+            return self.align_at_once(models, turns.roots[0], images, stats)
+        if network.may_miss and METHODS[self.method].aligned:
+            for i in images:
+                models = self.in_own_order(i, models, weights, images[i], stats)
+        return models
+
+    def in_own_order(self, i: int, models: dict[int, State], weights: np.ndarray, images: Batches,
+                     stats: list[dict]) -> dict[int, State]:
+        """The models that have come to agent i, whatever happened to the turns: all in one order of units.
+
+        An agent that lacks the order it should have, because it began late or nobody came when it was its turn, takes
+        it from whoever has it; else the lowest there is; else the agent of the lowest number begins one. Models that
+        came in another order are matched to its own, as in DIMAT.
+        """
+        others = sorted(models.keys() - {i})
+        label = {j: self.network.labels[j] for j in others}
+        own, should = self.orders.get(i, -1), int(self.basis.of[i])
+        known = {order for order in (own, *label.values()) if order >= 0}
+        order = should if should in known else min(known, default=-1)
+        if order >= 0 and order != own:
+            references = [j for j in others if label[j] == order]
+            models = models | {i: self.align(i, models[i], references, models, weights, images, stats)}
+            self.states[i], self.orders[i] = models[i], order
+        elif order < 0 and others and i < others[0]:
+            self.orders[i] = self.basis.again + i
+        foreign = [j for j in others if label[j] != self.orders.get(i, -1) or label[j] < 0]
+        return models | {j: self.align(j, models[j], [i], models, weights, images, stats) for j in foreign}
+
+    def align(self, i: int, state: State, references: list[int], models: dict[int, State], weights: np.ndarray,
+              images: Batches, stats: list[dict]) -> State:
+        """Agent i's model in the order of units of `references`, among the models that have come."""
+        correlations: list[dict[str, float]] = []
+        found = align(self.spec, self.trainer.model, state, [models[j] for j in references],
+                      [weights[i, j] or 1.0 for j in references], images, correlations=correlations,
+                      at=self.o.match_at, prior=self.o.match_prior, match_memory=self.match_memory,
+                      names=[*references, i])
+        for j, of_pair in zip(references, correlations, strict=True):
+            stats += match_stats(self.spec, i, j, found, of_pair)
+        return permute(self.spec, found, state)
+
+    def align_at_once(self, models: dict[int, State], root: int, images: dict[int, Batches],
+                      stats: list[dict]) -> dict[int, State]:
+        """Everybody's models in one order of units, that of `root`; the same in every process."""
+        shared = next(iter(images.values()))
+        correlations: dict[tuple[int, int], dict[str, float]] = {}
+        found = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], shared, root=root,
+                         correlations=correlations, at=self.o.match_at, match_memory=self.match_memory)
+        for (i, j), of_pair in correlations.items():
+            stats += [row for a, b in ((i, j), (j, i)) for row in match_stats(self.spec, a, b, found[a], of_pair)]
+        return {j: permute(self.spec, found[j], models[j]) for j in sorted(models)}
+
+    @property
+    def match_memory(self) -> int:
+        return int(self.o.match_memory * 2**30)
+
+    @property
+    def method(self) -> str:
+        """Agents alone merge nothing, in whatever way."""
+        return "WA" if self.o.opt == ALONE else self.o.opt
+
+    @cached_property
+    def spec(self) -> PermutationSpec | None:
+        """The permutation groups, for the methods that permute."""
+        if not (METHODS[self.method].permutes or METHODS[self.method].aligned):
+            return None
+        dataset = self.trainer.dataset
+        example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
+        return derive_spec(new_model(self.o, dataset), example)
+
+    def train(self, iteration: int) -> dict[int, training.EpochStats]:
+        """E local epochs of every agent with a fresh optimiser; the figures are the last epoch's."""
+        stats = {}
+        for i in progress(self.up(iteration), f"iteration {iteration}: training", unit="agent"):
+            self.trainer.model.load_state_dict(self.states[i])
+            optimizer, scaler = self.trainer.fresh_optimizer()
+            last = training.EpochStats(math.nan, math.nan, 0, 0)
+            for epoch in range(1, self.o.epochs + 1):
+                try:
+                    last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"),
+                                              optimizer, scaler)
+                except training.Diverged as error:
+                    raise training.Diverged(f"agent {i}, iteration {iteration}: {error}; the run folder keeps what was "
+                                            "finished before") from None
+                self.samples[i] += last.samples
+                self.steps[i] += last.steps
+            self.states[i] = training.snapshot(self.trainer.model)
+            stats[i] = last
+        return stats
+
+    def evaluate(self) -> dict[int, training.Evaluation]:
+        """Each distinct model once over the test set."""
+        seen: dict[int, training.Evaluation] = {}
+        for state in progress(self.states.values(), "evaluation", unit="agent"):
+            if id(state) not in seen:
+                self.trainer.model.load_state_dict(state)
+                seen[id(state)] = self.trainer.evaluate(self.trainer.dataset.test)
+        return {i: seen[id(state)] for i, state in self.states.items()}
