@@ -128,7 +128,7 @@ class Fleet:
                 if references:
                     lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
                     self.states[i], self.orders[i] = lent[i], order
-            network.labels |= self.orders
+            network.labels |= {i: self.orders.get(i, -1) for i in self.states}
             models |= network.share(iteration, {i: lent[i] for i in lent if i in wave},
                                     np.where(np.isin(everybody, wave), weights, 0), o.wire,
                                     like=self.trainer.model.state_dict(), turn=turn)
@@ -163,14 +163,18 @@ class Fleet:
 
     def align(self, i: int, state: State, references: list[int], models: dict[int, State], weights: np.ndarray,
               images: Batches, stats: list[dict]) -> State:
-        """Agent i's model in the order of units of `references`, among the models that have come."""
+        """Agent i's model in the order of units of `references`, among the models that have come.
+
+        What was matched is noted down for the agent that is here, be it i or, where i's model came, the reference.
+        """
         correlations: list[dict[str, float]] = []
         found = align(self.spec, self.trainer.model, state, [models[j] for j in references],
                       [weights[i, j] or 1.0 for j in references], images, correlations=correlations,
                       at=self.o.match_at, prior=self.o.match_prior, match_memory=self.match_memory,
                       names=[*references, i])
         for j, of_pair in zip(references, correlations, strict=True):
-            stats += match_stats(self.spec, i, j, found, of_pair)
+            pair = (i, j) if i in self.states else (j, i)
+            stats += match_stats(self.spec, *pair, found, of_pair)
         return permute(self.spec, found, state)
 
     def align_at_once(self, models: dict[int, State], root: int, images: dict[int, Batches],

@@ -28,9 +28,7 @@ def unnormalised(model: nn.Module, x: Tensor) -> list[str]:
     whose weight is made of others (a parametrisation)."""
     state = model.state_dict(keep_vars=True)
     owners = Counter(id(tensor) for tensor in state.values())
-    names = {module: name for name, module in model.named_modules() if isinstance(module, LAYERS) and all(
-        owners[id(state.get(f"{name}.{key}".lstrip(".")))] == 1
-        for key in ("weight", "bias") if getattr(module, key) is not None)}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, LAYERS)}
     norms = [module for module in tracked_norms(model).values()]
     ran: list[tuple[nn.Module, Tensor]] = []
     normalised: list[nn.Module] = []
@@ -47,7 +45,13 @@ def unnormalised(model: nn.Module, x: Tensor) -> list[str]:
         for hook in hooks:
             hook.remove()
     times = Counter(module for module, _ in ran)
-    return [names[module] for module, _ in ran[:-1] if times[module] == 1 and module not in normalised]
+
+    def owns(module: nn.Module) -> bool:
+        keys = [key for key in ("weight", "bias") if getattr(module, key) is not None]
+        return all(owners[id(state.get(f"{names[module]}.{key}".lstrip(".")))] == 1 for key in keys)
+
+    return [names[module] for module, _ in ran[:-1]
+            if times[module] == 1 and module not in normalised and owns(module)]
 
 
 def repair(model: nn.Module, merged: State, parents: Sequence[State], weights: Sequence[float],

@@ -150,7 +150,7 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
 
     all: options of every script; train: a grid, or a list of grids, of pre-trainings; main, base_lines: the same, of
     runs that start at each of these (--ckp, data set, model, agents and seed follow), or at those whose data, model and
-    agents are the ones they name. Without `train` they stand alone.
+    agents are the ones they name. Without `train`, and with `randominit`, they stand alone.
     `launch: false` in a grid of base_lines keeps all agents in one process.
     """
     if odd := sorted(content.keys() - {"all", *SCRIPTS}):
@@ -171,16 +171,19 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
             launched = script == "base_lines" and one.pop("launch", True)
             own = []
             for options in grid(one):
-                fitting = [start for start in starts if _fits(options, *start, planner)]
+                fitting = [(base | options, job, ckp) for base, job, ckp in starts
+                           if _fits(options, base, ckp, planner)]
+                fitting = fitting or [(base | options, None, None) for base in grid(common) if _random(base | options)]
                 if not fitting:
                     named = ", ".join(f"{key}={options[key]}" for key in options if key in _SAME)
                     raise ValueError(f"{script}: no pre-training has {named}: add it to train")
-                own += [(base | options, job, ckp) for base, job, ckp in fitting]
+                own += fitting
             names = varying([options for options, *_ in own])
             for options, job, ckp in own:
+                job, ckp = (None, None) if _random(options) else (job, ckp)
                 shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
                 shared = _for(script, shared, planner) | {k: options[k] for k in one}
-                shared |= {"ckp": ckp} if ckp and not _true(options.get("randominit")) else {}
+                shared |= {"ckp": ckp} if ckp else {}
                 title = ",".join(f"{k}={options[k]}" for k in names if k in options) or script
                 planner.run(script, shared, title, job, launched)
     return list(planner.jobs.values())
@@ -191,15 +194,20 @@ _SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed
 _SAME = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout")
 
 
-def _fits(options: Mapping[str, Any], base: Mapping[str, Any], job: Job | None, ckp: Path | None,
-          planner: Planner) -> bool:
-    """Whether a run with these options can start from that pre-training; one from random models can from any."""
-    if ckp is None or _true(options.get("randominit")):
+def _fits(options: Mapping[str, Any], base: Mapping[str, Any], ckp: Path | None, planner: Planner) -> bool:
+    """Whether a run with these options is on the data and the model of that pre-training."""
+    if ckp is None:
         return True
+    named = {"dataset" if key == "data" else key: options[key] for key in _SAME if options.get(key) is not None}
+    wanted = vars(planner._parse("train", arguments(named)))
     trained = planner.settled_training([*arguments(_for("train", base, planner)),
                                         *planner.known("train", planner.extra)])
-    return all(str(options[key]) == str(trained["dataset" if key == "data" else key])
-               for key in _SAME if options.get(key) is not None)
+    return all(wanted[key] == trained[key] for key in named)
+
+
+def _random(options: Mapping[str, Any]) -> bool:
+    """Whether a run starts from random models, and so needs no pre-training."""
+    return _true(options.get("randominit"))
 
 
 def _grids(part: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

@@ -133,6 +133,10 @@ def test_weights_that_have_several_owners_or_none_are_left_alone():
     given = [Odd().state_dict() for _ in range(2)]
     merged = weighted_average(given, [0.5, 0.5])
     repaired = repair(Odd(), merged, given, [0.5, 0.5], [torch.randn(50, 4)])
+    # Whoever owns the last one: it is the answer.
+    last = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), last)
+    assert unnormalised(network, torch.randn(5, 4)) == ["0", "2"]
     assert {key for key in merged if not torch.equal(merged[key], repaired[key])} == {"plain.weight", "plain.bias"}
 
 

@@ -17,6 +17,7 @@ from merging.permutation import derive_spec, permute, random_permutations
 from models import build_model
 from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
+from utils.files import load_tensors
 from utils.wire import wire_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
@@ -296,8 +297,34 @@ def test_whoever_is_missing_models_in_different_orders_are_never_averaged(checkp
     assert all(abs(value - expected) < 1e-3 for values in loss.values() for value in values), loss
     merged = [row for row in rows_of(run / "agent_2") if row["phase"] == "merged"]
     assert [row["merged_with"] for row in merged] == ["1 3"] * 5
-    stats = list(csv.DictReader((run / "agent_2/merge_stats.csv").open()))
-    assert max(int(row["iteration"]) for row in stats) < 5  # by then they have one order, and nothing is matched
+    stats = {i: list(csv.DictReader((run / f"agent_{i}/merge_stats.csv").open())) for i in (1, 2)}
+    assert ("1", "2") in {(row["iteration"], row["neighbour"]) for row in stats[1]}  # matched as in DIMAT
+    assert max(int(row["iteration"]) for row in stats[2]) < 5  # by then they have one order, and nothing is matched
+
+
+def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(checkpoints, tmp_path, monkeypatch):
+    flags = ["--dataset=digits", "--num_models=4", "--opt=COMMON", "--exp=2", "--bn_reset=none", "--match_samples=50",
+             f"--ckp={checkpoints}", "--exchange=folder:meeting", "--timeout=0", "--merg_itr=3"]
+    label = {}
+
+    def others(iterations):
+        for i in (0, 1, 3):  # each finds what those before it have published
+            script("main", *flags, f"--agent={i}", f"--merg_itr={iterations}", cwd=tmp_path)
+
+    def lend(iteration):
+        return load_tensors(next(tmp_path.glob(f"meeting/*/agent_2/iteration_{iteration:06d}.pt")))["label"]
+
+    with monkeypatch.context() as dies:
+        others(1)
+        dies.setattr("utils.results.RunFolder.commit", lambda *_, **__: sys.exit("dies"))
+        script("main", *flags, "--agent=2", cwd=tmp_path, check=False)
+        label["aligned"] = lend(1)
+    others(3)
+    said = script("main", *flags, "--agent=2", cwd=tmp_path).stdout
+    label["as it was"] = lend(3)
+    assert "goes on with iteration 3" in said and label == {"aligned": 0, "as it was": -1}
+    rows = list(csv.DictReader((next(tmp_path.glob("results/**/agent_2")) / "merge_stats.csv").open()))
+    assert {(row["iteration"], row["agent"], row["neighbour"]) for row in rows} == {("3", "2", "1"), ("3", "2", "3")}
 
 
 @pytest.mark.parametrize(("flags", "word"), [

@@ -136,10 +136,28 @@ def test_runs_start_from_the_pretrainings_that_they_name():
         plan_file(several | {"main": {"model": "vgg16"}}, Planner(scripts_parsers()))
     with pytest.raises(ValueError, match="'foo' is no grid"):
         plan_file(several | {"train": "foo"}, Planner(scripts_parsers()))
-    # What starts from random models starts from anything.
-    for without in ({"randominit": True, "num_models": 7}, {"randominit": True, "data": "digits", "num_models": 8}):
-        for file in (several | {"main": without}, {"all": several["all"], "main": without}):
-            assert any(job.script == "main" for job in plan_file(file, Planner(scripts_parsers())))
+    # However a number is written.
+    one = {"all": several["all"], "train": {"data_dist": "dirichlet", "alpha": 1}, "main": {"alpha": [1, "1e0"]}}
+    assert sum(job.script == "main" for job in plan_file(one, Planner(scripts_parsers()))) == 4
+
+
+def test_what_starts_from_random_models_needs_no_pretraining():
+    trained = {"train": [{"data_dist": "iid", "epochs": 1}, {"data_dist": "dirichlet", "alpha": 0.1, "epochs": 1}]}
+    everywhere = {"dataset": "digits", "width_multiplier": 1, "num_models": 4}
+
+    def runs(main, train=trained, **everywhere_too):
+        jobs = plan_file({"all": everywhere | everywhere_too, "main": main} | train, Planner(scripts_parsers()))
+        runs = [job for job in jobs if job.script == "main"]
+        assert not any(job.after or any("--ckp" in word for word in job.command) for job in runs)
+        return [{word for word in job.command if word.startswith(("--alpha", "--data_dist", "--num_m"))}
+                for job in runs]
+
+    iid, dirichlet = {"--data_dist=iid"}, {"--data_dist=dirichlet", "--alpha=0.1"}
+    four, seven = {"--num_models=4"}, {"--num_models=7"}
+    assert runs({"randominit": True}) == [iid | four, dirichlet | four]
+    assert runs({"randominit": True, "data_dist": "iid"}) == [iid | four]
+    assert runs({"randominit": True, "num_models": 7}) == runs({"randominit": True, "num_models": 7}, {}) == [seven]
+    assert runs({"num_models": 7}, randominit=True) == [seven]
 
 
 def python(code: str, title: str, after=()) -> Job:
