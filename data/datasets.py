@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from sklearn.datasets import load_digits
-from torchvision import datasets as tv
-from torchvision.datasets.utils import download_url, extract_archive
 
 from utils.progress import progress
 from utils.seeds import generator
@@ -258,10 +257,10 @@ def _impatient(seconds: float = 30) -> Iterator[None]:
 @register_dataset("digits")
 def digits(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey; every fifth of each class is a test image."""
-    bunch = load_digits()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    test = torch.from_numpy(rank_in_class(bunch.target) % 5 == 4)
+    pixels, classes = _sklearn_digits()
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(classes.astype(np.int64))
+    test = torch.from_numpy(rank_in_class(classes) % 5 == 4)
     return Dataset(
         "digits",
         train=ImageSet(images[~test], labels[~test]),
@@ -274,12 +273,32 @@ def digits(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     )
 
 
+def _sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images (n x 8 x 8, 0 to 16) and classes, from the file in the package: to import it would take seconds."""
+    package = find_spec("sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
+    if file is None or not file.is_file():
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return bunch.images, bunch.target
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(int)
+
+
+def _torchvision(kind: str) -> type:
+    """torchvision's data set of that name, imported for those who want it: that takes longer than all the rest."""
+    from torchvision import datasets
+
+    return getattr(datasets, kind)
+
+
 def _torchvision_arrays(
     name: str, kind: type, data_dir: Path, download: bool, folder: Path, files: list[str], archive: str
 ) -> Arrays:
     """Arrays of a torchvision data set whose `files` torchvision looks for in `folder`."""
 
-    def open_split(train: bool) -> tv.VisionDataset:
+    def open_split(train: bool) -> Any:
         failures = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
         try:
             return kind(str(data_dir), train=train)
@@ -312,14 +331,16 @@ def _torchvision_arrays(
     return cached(data_dir / ".cache", name, lambda: [folder / file for file in files], decode)
 
 
-def _mnist_arrays(name: str, kind: type, data_dir: Path, download: bool) -> Arrays:
+def _mnist_arrays(name: str, data_dir: Path, download: bool) -> Arrays:
+    kind = _torchvision({"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name])
     raw = data_dir / kind.__name__ / "raw"
     files = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
     archive = f"from the .gz files of the same names, at {kind.mirrors[0]}"
     return _torchvision_arrays(name, kind, data_dir, download, raw, files, archive)
 
 
-def _cifar_arrays(name: str, kind: type, data_dir: Path, download: bool) -> Arrays:
+def _cifar_arrays(name: str, data_dir: Path, download: bool) -> Arrays:
+    kind = _torchvision(name.upper())
     files = [file for file, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
     archive = f"unpacked from {kind.url}"
     return _torchvision_arrays(name, kind, data_dir, download, data_dir / kind.base_folder, files, archive)
@@ -328,21 +349,21 @@ def _cifar_arrays(name: str, kind: type, data_dir: Path, download: bool) -> Arra
 @register_dataset("mnist")
 def mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """70,000 handwritten digits, 28x28 grey."""
-    parts = _image_sets(_mnist_arrays("mnist", tv.MNIST, data_dir, download))
+    parts = _image_sets(_mnist_arrays("mnist", data_dir, download))
     return Dataset("mnist", **parts, num_classes=10, mean=(0.1307,), std=(0.3081,), flip=False, padding=2)
 
 
 @register_dataset("fashion_mnist")
 def fashion_mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """70,000 pieces of clothing, 28x28 grey."""
-    parts = _image_sets(_mnist_arrays("fashion_mnist", tv.FashionMNIST, data_dir, download))
+    parts = _image_sets(_mnist_arrays("fashion_mnist", data_dir, download))
     return Dataset("fashion_mnist", **parts, num_classes=10, mean=(0.2860,), std=(0.3530,), flip=True, padding=2)
 
 
 @register_dataset("cifar10")
 def cifar10(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """60,000 images of 10 classes, 32x32 RGB."""
-    parts = _image_sets(_cifar_arrays("cifar10", tv.CIFAR10, data_dir, download))
+    parts = _image_sets(_cifar_arrays("cifar10", data_dir, download))
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return Dataset("cifar10", **parts, num_classes=10, mean=mean, std=std, flip=True, padding=4)
 
@@ -350,7 +371,7 @@ def cifar10(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
 @register_dataset("cifar100")
 def cifar100(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """60,000 images of 100 classes, 32x32 RGB."""
-    parts = _image_sets(_cifar_arrays("cifar100", tv.CIFAR100, data_dir, download))
+    parts = _image_sets(_cifar_arrays("cifar100", data_dir, download))
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     return Dataset("cifar100", **parts, num_classes=100, mean=mean, std=std, flip=True, padding=4)
 
@@ -452,6 +473,8 @@ def _fetch_tiny(root: Path, download: bool) -> None:
     """Download Tiny ImageNet to the folder `root`, which appears when it is complete."""
     reason: Exception | str = "not downloaded"
     if download:
+        from torchvision.datasets.utils import download_url, extract_archive  # as in _torchvision
+
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(root.parent / f".{root.name}.lock"), _impatient():

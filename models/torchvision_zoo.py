@@ -1,9 +1,11 @@
-"""Every torchvision classification model, as ``tv:<name>``, with its head and stem fitted to the data set."""
+"""Every torchvision classification model, as ``tv:<name>``, with its head and stem fitted to the data set.
+
+torchvision itself is imported by those who use it: that takes longer than all the rest of a start.
+"""
 
 from functools import partial
 
 import torch
-import torchvision.models
 from torch import nn
 from torch.func import functional_call
 
@@ -16,6 +18,8 @@ USUAL_SIZES = (32, 64, 96, 128, 224, 256, 299, 384)
 
 def zoo_builder(name: str) -> ModelBuilder:
     """The builder of ``tv:<torchvision name>``; raises ValueError, listing the choices, if torchvision has none."""
+    import torchvision.models
+
     zoo_name = name.removeprefix(PREFIX)
     choices = torchvision.models.list_models(module=torchvision.models)
     if zoo_name not in choices:
@@ -32,6 +36,8 @@ def build_from_zoo(
 
     Raises ValueError if the model cannot take square images of `image_size`, naming a size that it can.
     """
+    import torchvision.models
+
     options = _size_options(zoo_name, image_size)
     if zoo_name in ("googlenet", "inception_v3"):
         # Auxiliary heads would make the output a tuple; init_weights is the architecture's own initialisation.

@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import time
 import urllib.error
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 from data import datasets
@@ -64,6 +66,27 @@ def test_class_balanced_fills_up_when_a_class_runs_out_and_knows_all_of_them():
 
 
 # ---- digits --------------------------------------------------------------------------------------
+
+
+def test_the_digits_are_scikit_learns(monkeypatch):
+    bunch = load_digits()
+    for _ in range(2):
+        images, labels = datasets._sklearn_digits()
+        np.testing.assert_array_equal(images, bunch.images)
+        np.testing.assert_array_equal(labels, bunch.target)
+        monkeypatch.setattr(datasets, "find_spec", lambda _: None)  # wherever its file may lie
+
+
+def test_a_start_imports_nothing_that_takes_seconds(tmp_path):
+    code = """
+import sys, base_lines, main, train, models, utils.sweep, data.datasets
+data.datasets.load_dataset("digits", ".")
+for name in ("resnet20", "vgg16"):
+    models.build_model(name, 10, width_multiplier=1)
+print(*({"sklearn", "torchvision", "torch._dynamo", "matplotlib"} & sys.modules.keys()))"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                           capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
 
 
 def test_digits_need_no_files(tmp_path):
