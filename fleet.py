@@ -13,6 +13,7 @@ import torch
 from data.batches import Batches
 from data.datasets import class_balanced
 from merging import METHODS, match_stats, merge, outgoing
+from merging.batch_norm import reestimate
 from merging.common_basis import CommonBasis, Turns, align, universe
 from merging.permutation import PermutationSpec, derive_spec, permute
 from train import LocalTrainer, new_model
@@ -84,6 +85,8 @@ class Fleet:
         of iteration 7.
         """
         o, network = self.o, self.network
+        if o.opt == ALONE:
+            return self.stay_alone(iteration)
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
@@ -107,6 +110,13 @@ class Fleet:
         self.states |= {i: merged[i] for i in merging}
         names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
         return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
+
+    def stay_alone(self, iteration: int) -> dict[int, str]:
+        """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
+        for i in self.up(iteration) if self.o.bn_reset != "none" else ():
+            images = self.matching_batches(self.train_parts[i], i, iteration)
+            self.states[i] = reestimate(self.trainer.model, self.states[i], images)
+        return dict.fromkeys(self.states, "")
 
     def exchange(self, iteration: int, weights: np.ndarray, images: dict[int, Batches],
                  stats: list[dict]) -> dict[int, State]:

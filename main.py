@@ -100,14 +100,14 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
     merges = o.opt != ALONE
     aligns = merges and METHODS[o.opt].aligned
     matches = aligns or (merges and METHODS[o.opt].reads_images)
+    reads = matches or o.bn_reset != "none"
     trains = {} if o.training else dict.fromkeys(("epochs", "optim", "lr", "momentum", "weight_decay", "amp"))
     return vars(o) | trains | {
-        "match_data": o.match_data if merges and (matches or o.bn_reset != "none") else None,
-        "match_samples": o.match_samples if merges and (matches or o.bn_reset != "none") else None,
-        "match_augment": o.match_augment if merges and (matches or o.bn_reset != "none") else None,
+        "match_data": o.match_data if merges and reads else None,
+        "match_samples": o.match_samples if reads else None,
+        "match_augment": o.match_augment if reads else None,
         "match_at": o.match_at if matches else None,
         "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
-        "bn_reset": o.bn_reset if merges else None,
         "wire": o.wire if merges else None,
         "link_failure": o.link_failure if merges else None,
         "exchanged_by": None if o.agent is None and not o.processes else "folder",

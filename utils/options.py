@@ -182,7 +182,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one "
                         "another once, by activations, and from then on average; C2M3: activation matching of all "
                         "models that an agent merges at once, without contradictions; WM: weight matching; WA: plain "
-                        "averaging; NONE: agents alone")
+                        "averaging; NONE: agents alone, which re-estimate BatchNorm on their own images")
     topology_options(g, topologies, exps)
     g.add_argument("--merg_itr", type=number(int, 1), default=100, help="merge iterations in all")
     g.add_argument("--merg_itr_init", type=number(int, 0), default=0,

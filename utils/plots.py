@@ -235,10 +235,10 @@ def options_that_matter(config: dict[str, Any]) -> dict[str, Any]:
     idle = set() if trains else {key for key in TRAINING if key != "batch_size"}  # matching reads batches, too
     if not baseline:
         merges, matches = config["opt"] != ALONE, config["opt"] not in ("WA", "WM", ALONE)
-        idle |= {"bn_reset"} if not merges else set()
+        idle |= {"match_data"} if not merges else set()
         idle |= {"match_at"} if not matches else set()
         idle |= {"match_prior"} if config["opt"] not in ("DIMAT", "COMMON") else set()
-        idle |= set(MATCHING) if not merges or (not matches and o["bn_reset"] == "none") else set()
+        idle |= set(MATCHING) if not matches and o["bn_reset"] == "none" else set()
     idle |= {"phase"} if config["data_dist"] != "non-iid-PF" else set()
     if o["partition_seed"] is None:
         o["partition_seed"] = config["seed"]

@@ -30,7 +30,7 @@ IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memo
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
 LATER = ("wire", "link_failure", "agent_failure", "staleness", "match_prior")
-MATCHING = ("match_data", "match_samples", "match_augment", "match_at", "match_prior", "bn_reset")
+PAIRING = ("match_data", "match_at", "match_prior")  # what agents alone don't do
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*num_epochs_(\d+)/(?:([^/]+)/)?random_seed_(\d+)/*$")
 MISSING = "\N{EN DASH}"
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -91,7 +91,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Hashable]:
         options |= dict.fromkeys(LOCAL_TRAINING)
     if options.get("opt") not in ("DIMAT", "COMMON"):
         options["match_prior"] = None
-    return options | (dict.fromkeys(MATCHING) if options.get("opt") == "NONE" else {})
+    return options | (dict.fromkeys(PAIRING) if options.get("opt") == "NONE" else {})
 
 
 def read_run(folder: Path) -> Run:

@@ -210,8 +210,9 @@ def test_seeds_share_a_line_and_nothing_else_does(make):
 
 
 def test_options_without_a_say_make_no_difference(make):
-    alone = [make(seed=k, opt="NONE", bn_reset=reset, match_samples=k) for k, reset in enumerate(["none", "both"])]
+    alone = [make(seed=k, opt="NONE", match_data=data) for k, data in enumerate(["all", "local"])]
     assert labels(alone) == [("agents alone", [0, 1])]
+    assert len(labels([make(seed=k, opt="NONE", bn_reset=reset) for k, reset in enumerate(["none", "both"])])) == 2
     average = [make(seed=k, opt="WA", bn_reset="none", match_samples=k, match_at=("last", "all")[k]) for k in range(2)]
     assert labels(average) == [("WA", [0, 1])]
     assert len(labels([make(seed=k, opt="WA", match_samples=k) for k in range(2)])) == 2

@@ -218,8 +218,8 @@ def test_other_pretraining_splits(add, report, one, other, label):
 
 
 def test_options_without_a_say_do_not_split(add, report):
-    add("a", [40, 50], opt="NONE", match_samples=0)
-    add("b", [40, 52], opt="NONE", match_samples=100, seed=1)
+    add("a", [40, 50], opt="NONE", match_data="all")
+    add("b", [40, 52], opt="NONE", match_data="local", seed=1)
     add("c", [40, 60], training=False, lr=0.1)
     add("d", [40, 62], training=False, lr=0.2, seed=1)
     for seed in range(2):  # of these checkpoints only the data count
