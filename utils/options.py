@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -64,8 +67,19 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in a line what is wrong, with the option that may have been meant, not below a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        words = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
+        near = [name for word in words for name in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
+        hint = f": did you mean {', '.join(near)}?" if near else ""
+        self.exit(2, f"error: {message}{hint} ({self.prog} --help explains)\n")
+
+
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m {prog}", description=f"{description}\n\nexample:\n  {example}",
         formatter_class=Formatter, allow_abbrev=False,
     )

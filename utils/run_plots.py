@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.options import Formatter
+from utils.options import Formatter, Parser
 from utils.plots import (
     ALONE,
     PHASES,
@@ -635,7 +635,7 @@ def formats(text: str) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     what = "\n".join(f"  {name:<23}{picture.__doc__.splitlines()[0]}" for name, picture in PICTURES.items())
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m utils.plots", formatter_class=Formatter, allow_abbrev=False,
         description="Draw the runs below some folders: every folder with a config.yaml beside a metrics.csv.\n\n"
                     "example:\n  python -m utils.plots results/ --out figures/ --format png",

@@ -7,7 +7,6 @@ resumes what was interrupted, because the scripts do.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import itertools
@@ -29,7 +28,7 @@ import yaml
 
 from utils.checkpoint import checkpoint_folder
 from utils.files import load_yaml
-from utils.options import Formatter, boolean, number
+from utils.options import Formatter, Parser, boolean, number
 from utils.progress import say
 from utils.siblings import end_by
 
@@ -411,7 +410,7 @@ def _options(p: ArgumentParser, runs: bool) -> None:
 
 
 def file_parser() -> ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m utils.sweep", formatter_class=Formatter, allow_abbrev=False,
         description="Run every experiment of a sweep file, pre-training first. Finished runs are skipped, interrupted "
                     "ones resume.\n\nexample:\n  python -m utils.sweep configs/paper/table_ring.yaml --num_parallel 2",
@@ -423,7 +422,7 @@ def file_parser() -> ArgumentParser:
 
 def flags_parser(script: str) -> ArgumentParser:
     """The flags of train.sh, main.sh, base_lines.sh: lists in one argument, separated by blanks."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"./{script}.sh", formatter_class=Formatter, allow_abbrev=False,
         description=f"Run {script}.py for every combination of the lists (separated by blanks, in quotes). Flags after "
                     "-- go to the script as they are.")

@@ -82,3 +82,11 @@ def test_a_device_that_is_not_there_is_named():
     for name in ("cuda:77", "meta"):
         with pytest.raises(ValueError, match=name):
             pick_device(name)
+
+
+def test_an_unknown_option_is_said_in_a_line_with_what_may_have_been_meant(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_options("--merge_itr=3", "--xyz")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: unrecognized arguments: --merge_itr=3 --xyz")
+    assert said.endswith(": did you mean --merg_itr? (python -m main --help explains)\n") and said.count("\n") == 1
