@@ -174,7 +174,7 @@ def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
 def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterrupted, tmp_path):
     with launched(*torchrun, "--max-restarts=1", program="base_lines.py", arguments=[*RUN, "--opt=CDMSGD"],
                   home=tmp_path) as launcher:
-        wait_for("iteration   1", tmp_path / "log")
+        wait_for("iteration   2", tmp_path / "log")  # the first is committed after it has said its line
         os.kill(children(launcher.pid)[2], signal.SIGKILL)
         assert launcher.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
