@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.batches import Batches
 from data.datasets import DATASETS, Dataset
@@ -28,7 +27,7 @@ from optimizers.cga import CGA_FORMS, CGA_SCOPES
 from optimizers.registry import Baseline
 from train import LocalTrainer, load_agents_data, new_model
 from utils import training
-from utils.checkpoint import digest, digest_of_all
+from utils.checkpoint import State, digest, digest_of_all
 from utils.distributed import (
     BACKENDS,
     Network,
@@ -46,8 +45,6 @@ from utils.results import RunFolder, run_folder
 from utils.scripts import run_script
 from utils.seeds import generator
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
-
-State = dict[str, Tensor]
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from data.batches import Batches
 from data.datasets import class_balanced
 from merging import METHODS, match_stats, merge, outgoing
+from merging.averaging import State
 from merging.batch_norm import reestimate
 from merging.common_basis import CommonBasis, Turns, align, universe
 from merging.permutation import PermutationSpec, derive_spec, permute
@@ -24,7 +25,6 @@ from utils.progress import progress
 from utils.seeds import generator
 from utils.topology import Topology
 
-State = dict[str, torch.Tensor]
 ALONE = "NONE"  # the reference line: agents train and never merge
 
 
@@ -76,7 +76,7 @@ class Fleet:
 
     def turns(self, iteration: int) -> Turns:
         """Whom the agents wait for and align themselves to before they lend their models in this iteration."""
-        return self.basis.at(iteration) if METHODS[self.method].aligned else Turns()
+        return self.basis.at(iteration) if METHODS[self.o.opt].aligned else Turns()
 
     def merge(self, iteration: int, stats: list[dict]) -> dict[int, str]:
         """x_i <- sum_j w_ij P_ij(x_j) for every agent i here; `stats` gets a row for all that was matched.
@@ -101,7 +101,7 @@ class Fleet:
             models = self.exchange(iteration, weights, images, stats)
             weights = without(weights, [j for j in range(o.num_models) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
-            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=self.method,
+            merged = merge([models.get(i) for i in range(o.num_models)], weights, method=o.opt,
                            model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
                            match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
                            agents=merging, **data)
@@ -127,7 +127,7 @@ class Fleet:
         at_once = aligns and o.align == "at_once"
         bn_reset = "both" if o.bn_reset == "repair" else o.bn_reset
         lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
-                            compared=aligns or METHODS[self.method].reads_images) for i in images}
+                            compared=aligns or METHODS[o.opt].reads_images) for i in images}
         self.orders |= {i: int(self.basis.of[i]) for i in turns.roots if i in self.states}
         models: dict[int, State] = {}
         for turn, wave in enumerate([list(everybody)] if at_once else turns.waves(o.num_models)):
@@ -138,13 +138,13 @@ class Fleet:
                 if references:
                     lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
                     self.states[i], self.orders[i] = lent[i], order
-            network.labels |= {i: self.orders.get(i, -1) for i in self.states}
+            network.labels |= self.orders
             models |= network.share(iteration, {i: lent[i] for i in lent if i in wave},
                                     np.where(np.isin(everybody, wave), weights, 0), o.wire,
                                     like=self.trainer.model.state_dict(), turn=turn)
         if at_once:
             return self.align_at_once(models, turns.roots[0], images, stats)
-        if network.may_miss and METHODS[self.method].aligned:
+        if network.may_miss and METHODS[o.opt].aligned:
             for i in images:
                 models = self.in_own_order(i, models, weights, images[i], stats)
         return models
@@ -202,15 +202,11 @@ class Fleet:
     def match_memory(self) -> int:
         return int(self.o.match_memory * 2**30)
 
-    @property
-    def method(self) -> str:
-        """Agents alone merge nothing, in whatever way."""
-        return "WA" if self.o.opt == ALONE else self.o.opt
-
     @cached_property
     def spec(self) -> PermutationSpec | None:
         """The permutation groups, for the methods that permute."""
-        if not (METHODS[self.method].permutes or METHODS[self.method].aligned):
+        way = METHODS.get(self.o.opt)  # agents alone have none
+        if not (way and (way.permutes or way.aligned)):
             return None
         dataset = self.trainer.dataset
         example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from merging.averaging import weighted_average
 from models import infer_width
 from train import LocalTrainer, fill_defaults, new_model
-from utils.checkpoint import check_state, describe, inherit, load_states
+from utils.checkpoint import State, check_state, describe, inherit, load_states
 from utils.distributed import Network, is_launched, is_restart, launch
 from utils.files import load_yaml
 from utils.results import METRICS, RunFolder, consensus_distance, record_agents
 from utils.seeds import generator
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
-
-State = dict[str, torch.Tensor]
 
 
 def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: dict[int, State],

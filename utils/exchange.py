@@ -34,9 +34,8 @@ class SharedFolder(Network):
     """One agent, whose network is `folder/<run>/agent_<i>/iteration_<k>.pt`.
 
     timeout: seconds to wait for the neighbours' models of an iteration (as many times more as there are others whose
-    turn is before them); who hasn't published by then is left out, or
-    with `staleness` stood in for by its last model if that is at most so many iterations old. Who was left out isn't
-    waited for again until it publishes something.
+    turn is before them); who hasn't published by then is left out, or with `staleness` stood in for by its last model
+    if that is at most so many iterations old. Who was left out isn't waited for again until it publishes something.
     """
 
     may_miss = True
@@ -177,20 +176,21 @@ class SharedFolder(Network):
     def _read(self, agent: int, iteration: int, wire: str, like: State) -> State | None:
         """The model that this agent published for this iteration; None, with a warning, for anything else."""
 
-        def model(vector: Tensor) -> State:
-            state = unpack(vector.to(next(iter(like.values())).device), like, wire)
+        def model(content: dict[str, Any]) -> State:
+            state = unpack(content["model"].to(next(iter(like.values())).device), like, wire)
             if not all(bool(t.isfinite().all()) for t in state.values()):
                 raise ValueError("it has NaN or infinite values")
+            self.labels[agent] = content["label"]
             return state
 
         return self._load(agent, iteration, model)
 
-    def _load(self, agent: int, iteration: int, use: Callable[[Tensor], Any] = lambda vector: vector) -> Any:
-        """`use` of the bytes in that file, if it is whole and ours."""
+    def _load(self, agent: int, iteration: int, use: Callable[[dict[str, Any]], Any] = lambda content: content) -> Any:
+        """`use` of what is in that file, if it is whole and ours."""
         file, version = self._home(agent) / f"iteration_{iteration:06d}.pt", 0
         try:
             version = file.stat().st_mtime_ns
-            return use(self._vector(load_tensors(file), agent, iteration))
+            return use(self._checked(load_tensors(file), agent, iteration))
         except FileNotFoundError:
             return None  # its owner has moved on
         except (ValueError, OSError) as error:
@@ -199,8 +199,8 @@ class SharedFolder(Network):
                 say(f"warning: agent {self.agent} ignores {file}: {error}")
             return None
 
-    def _vector(self, content: object, agent: int, iteration: int) -> Tensor:
-        """The bytes in what `_publish` wrote. ValueError for anything else."""
+    def _checked(self, content: object, agent: int, iteration: int) -> dict[str, Any]:
+        """What `_publish` wrote. ValueError for anything else."""
         keys = {"run", "agent", "iteration", "label", "sha256", "model"}
         if not isinstance(content, dict) or content.keys() != keys:
             raise ValueError("it is not what an agent publishes")
@@ -212,8 +212,7 @@ class SharedFolder(Network):
             raise ValueError("its checksum is wrong")
         if not isinstance(content["label"], int):
             raise ValueError(f"its label is {content['label']!r}")
-        self.labels[agent] = content["label"]
-        return vector
+        return content
 
 
 def run_name(run: str) -> str:

@@ -81,11 +81,10 @@ class Planner:
         self.parsers, self.extra = parsers, list(extra)
         self.jobs: dict[tuple[str, ...], Job] = {}
 
-    def train(self, options: Mapping[str, Any], title: str) -> tuple[Job, Path]:
-        """Pre-training, and where its checkpoints will lie."""
-        known = self.known("train", self.extra)
-        job = self._job("train", title, [sys.executable, "-u", "-m", "train", *arguments(options), *known])
-        return job, self.checkpoints([*arguments(options), *known])
+    def train(self, options: Mapping[str, Any], title: str) -> tuple[Job, dict[str, Any]]:
+        """Pre-training, and all its options."""
+        given = [*arguments(options), *self.known("train", self.extra)]
+        return self._job("train", title, [sys.executable, "-u", "-m", "train", *given]), self.settled_training(given)
 
     def checkpoints(self, argv: Sequence[str]) -> Path:
         """Where `train.py argv` puts its checkpoints."""
@@ -156,7 +155,7 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
         raise ValueError(f"unknown part {odd[0]!r}: a sweep has the parts all, {', '.join(SCRIPTS)}")
     common = content.get("all") or {}
     common = {key.replace("random_seed", "seed"): value for key, value in common.items()}
-    starts: list[tuple[dict, Job | None, Path | None]] = []
+    starts: list[tuple[dict, Job | None, dict | None]] = []  # options, pre-training, all of its options
     if "train" in content:
         trainings = [options for one in _grids(content["train"]) for options in grid(common | one)]
         for options in trainings:
@@ -170,19 +169,20 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
             launched = script == "base_lines" and one.pop("launch", True)
             own = []
             for options in grid(one):
-                fitting = [(base | options, job, ckp) for base, job, ckp in starts
-                           if _fits(options, base, ckp, planner)]
+                named = _data_and_model(options, planner) if "train" in content else {}
+                fitting = [(base | options, job, trained) for base, job, trained in starts
+                           if all(trained[key] == value for key, value in named.items())]
                 fitting = fitting or [(base | options, None, None) for base in grid(common) if _random(base | options)]
                 if not fitting:
-                    named = ", ".join(f"{key}={options[key]}" for key in options if key in _SAME)
-                    raise ValueError(f"{script}: no pre-training has {named}: add it to train")
+                    said = ", ".join(f"{key}={options[key]}" for key in options if key in _SAME)
+                    raise ValueError(f"{script}: no pre-training has {said}: add it to train")
                 own += fitting
             names = varying([options for options, *_ in own])
-            for options, job, ckp in own:
-                job, ckp = (None, None) if _random(options) else (job, ckp)
+            for options, job, trained in own:
+                job, trained = (None, None) if _random(options) else (job, trained)
                 shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
                 shared = _for(script, shared, planner) | {k: options[k] for k in one}
-                shared |= {"ckp": ckp} if ckp else {}
+                shared |= {"ckp": checkpoint_folder(trained)} if trained else {}
                 title = ",".join(f"{k}={options[k]}" for k in names if k in options) or script
                 planner.run(script, shared, title, job, launched)
     return list(planner.jobs.values())
@@ -193,20 +193,17 @@ _SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed
 _SAME = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout")
 
 
-def _fits(options: Mapping[str, Any], base: Mapping[str, Any], ckp: Path | None, planner: Planner) -> bool:
-    """Whether a run with these options is on the data and the model of that pre-training."""
-    if ckp is None:
-        return True
-    named = {"dataset" if key == "data" else key: options[key] for key in _SAME if options.get(key) is not None}
-    wanted = vars(planner._parse("train", arguments(named)))
-    trained = planner.settled_training([*arguments(_for("train", base, planner)),
-                                        *planner.known("train", planner.extra)])
-    return all(wanted[key] == trained[key] for key in named)
+def _data_and_model(options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
+    """What these options say of the data and of the model, as train.py reads it."""
+    given = {"dataset" if key == "data" else key: options[key] for key in _SAME if options.get(key) is not None}
+    o = vars(planner._parse("train", arguments(given)))
+    return {key: o[key] for key in given}
 
 
 def _random(options: Mapping[str, Any]) -> bool:
     """Whether a run starts from random models, and so needs no pre-training."""
-    return _true(options.get("randominit"))
+    given = options.get("randominit")
+    return given is not None and boolean(str(given))
 
 
 def _grids(part: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
@@ -221,10 +218,6 @@ def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str,
     """Those of the options that a script has: what all scripts are given need not be known to each."""
     flags = planner.flags(script)
     return {key: value for key, value in options.items() if f"--{key}" in flags}
-
-
-def _true(value: Any) -> bool:
-    return value is not None and boolean(str(value))
 
 
 def plan_flags(script: str, o: Namespace, planner: Planner) -> list[Job]:
@@ -245,7 +238,7 @@ def plan_flags(script: str, o: Namespace, planner: Planner) -> list[Job]:
         axes |= {"epochs": o.epoch.split(), "num_epochs": o.nums_epochs.split()}
     for options in grid(axes):
         title = ",".join(f"{k}={v}" for k, v in options.items() if k not in ("training", "merg_itr_init"))
-        if not _true(options["randominit"]):
+        if not _random(options):
             data = {k: options[k] for k in ("dataset", "model", "num_models", "data_dist")}
             seed = options["seed"] if o.checkpoint_seed is None else o.checkpoint_seed
             how = arguments(data | {"seed": seed}) + planner.known("train", planner.extra)
