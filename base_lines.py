@@ -20,7 +20,16 @@ import torch
 from data.batches import Batches
 from data.datasets import DATASETS, Dataset
 from data.partition import PARTITIONS
-from lifecycle import initial_states, matrices, open_run, record, settle_options, shares, start_that_matters
+from lifecycle import (
+    initial_states,
+    is_complete,
+    matrices,
+    open_run,
+    record,
+    settle_options,
+    shares,
+    start_that_matters,
+)
 from models import MODELS
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.cga import CGA_FORMS, CGA_SCOPES
@@ -162,6 +171,23 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
     return ckp, made_with, loaded, topology
 
 
+def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
+    """Where this run is written, what its config.yaml says, and which of it matters."""
+    config = {k: v for k, v in vars(o).items() if k != "optim"}
+    matter = {**config, **start_that_matters(o, made_with), "epochs": None}  # a run may be made longer
+    if read := matrices(o.topology, topology):
+        config["pi"] = read
+    return run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE), config, matter
+
+
+def is_finished(o: Namespace) -> bool:
+    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+    if o.overwrite:
+        return False
+    _, made_with, loaded, topology = settle(o, range(o.num_models))
+    return is_complete(*the_run(o, made_with, topology), loaded)
+
+
 def run(o: Namespace, network: Network, device: torch.device, command: str) -> Path:
     """All of it, in every process alike; the first one writes."""
 
@@ -173,14 +199,11 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         return made_with, states, topology, train_parts, test_parts, trainer
 
     def open_folder():
-        config = {k: v for k, v in vars(o).items() if k != "optim"} | circumstances(command)
-        config |= {"first_models": digest_of_all(digests), "processes": o.num_models if is_launched() else 1,
-                   "memory_layout": str(training.memory_format(device))}  # the order of entries in an agent's memory
-        matter = {**config, **start_that_matters(o, made_with)}
-        if read := matrices(o.topology, topology):
-            config["pi"] = read
-        path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
-        return open_run(o, network, path, config, matter, start=0, free={"epochs"})
+        path, config, matter = the_run(o, made_with, topology)
+        config |= circumstances(command) | {
+            "processes": o.num_models if is_launched() else 1, "first_models": digest_of_all(digests)}
+        config["memory_layout"] = str(training.memory_format(device))  # the order of entries in an agent's memory
+        return open_run(o, network, path, config, matter, start=0)
 
     made_with, states, topology, train_parts, test_parts, trainer = network.together(prepare)
     digests = network.collect({i: digest(state) for i, state in states.items()})

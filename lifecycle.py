@@ -12,10 +12,10 @@ import numpy as np
 from merging.averaging import weighted_average
 from models import infer_width
 from train import LocalTrainer, fill_defaults, new_model
-from utils.checkpoint import State, check_state, describe, inherit, load_states
+from utils.checkpoint import State, check_state, describe, digest, digest_of_all, inherit, load_states
 from utils.distributed import Network, is_launched, is_restart, launch
 from utils.files import load_yaml
-from utils.results import METRICS, RunFolder, consensus_distance, record_agents
+from utils.results import METRICS, RunFolder, consensus_distance, contradictions, iterations_done, record_agents
 from utils.seeds import generator
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 
@@ -74,15 +74,28 @@ def start_that_matters(o: Namespace, made_with: dict) -> dict:
     })
 
 
+def free_options(matter: dict) -> set[str]:
+    """Those that have no say in this run."""
+    return {key for key, value in matter.items() if value is None}
+
+
+def is_complete(path: Path, config: dict, matter: dict, loaded: dict[int, State]) -> bool:
+    """Whether a folder holds just this run, from the `loaded` models on, with nothing left to do."""
+    if loaded:
+        config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
+    old = load_yaml(path / "config.yaml")
+    there = bool(old) and (path / "metrics.csv").exists() and iterations_done(path) >= config["merg_itr"]
+    return there and not contradictions(old, config, free_options(matter))
+
+
 def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: dict, **how: Any) -> RunFolder | None:
     """The run folder, at the writer. A group that its launcher has started again continues by itself."""
     if not network.is_writer:
         return None
     config |= {"launch": launch() if is_launched() else None}
     goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
-    free = {key for key, value in matter.items() if value is None} | how.pop("free", set())
-    return RunFolder(path, config, free=free, resume=o.resume or goes_on, overwrite=o.overwrite and not goes_on,
-                     tensorboard=o.tensorboard, **how)
+    return RunFolder(path, config, free=free_options(matter), resume=o.resume or goes_on,
+                     overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard, **how)
 
 
 def matrices(name: str, topology: Topology) -> list | None:

@@ -17,7 +17,16 @@ import torch
 from data.datasets import DATASETS
 from data.partition import PARTITIONS
 from fleet import ALONE, Fleet
-from lifecycle import initial_states, matrices, open_run, record, settle_options, shares, start_that_matters
+from lifecycle import (
+    initial_states,
+    is_complete,
+    matrices,
+    open_run,
+    record,
+    settle_options,
+    shares,
+    start_that_matters,
+)
 from merging import METHODS
 from merging.activation_matching import PRIORS
 from models import MODELS
@@ -114,6 +123,23 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
     } | start_that_matters(o, made_with)
 
 
+def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
+    """Where this run is written, what its config.yaml says, and which of it matters."""
+    matter = options_that_matter(o, made_with)
+    config = vars(o) | {"exchanged_by": matter["exchanged_by"]}
+    if read := matrices(o.topology, topology):
+        config["pi"] = read
+    return run_folder(vars(o), matter), config, matter
+
+
+def is_finished(o: Namespace) -> bool:
+    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+    if o.overwrite or o.merg_itr_init:
+        return False
+    _, made_with, loaded = settle_options(o, range(o.num_models))
+    return is_complete(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
+
+
 def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
     settle_alignment(o, topology)
@@ -157,16 +183,12 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         return made_with, fleet
 
     def open_folder() -> RunFolder | None:
-        config = vars(o) | circumstances(command) | {
-            "first_models": digest_of_all(digests), "exchanged_by": matter["exchanged_by"]}
-        if read := matrices(o.topology, fleet.topology):
-            config["pi"] = read
-        return open_run(o, network, path, config, matter, start=o.merg_itr_init)
+        return open_run(o, network, path, config | circumstances(command), matter, start=o.merg_itr_init)
 
     made_with, fleet = network.together(prepare)
     digests = network.collect({i: digest(state) for i, state in fleet.states.items()})
-    matter = options_that_matter(o, made_with)
-    path = run_folder(vars(o), matter)
+    path, config, matter = the_run(o, made_with, fleet.topology)
+    config["first_models"] = digest_of_all(digests)
     name = name_for_others(o, path, fleet.topology)
     if o.agent is not None:
         path = path / f"agent_{o.agent}"

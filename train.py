@@ -37,6 +37,7 @@ from utils.scripts import run_script
 from utils.seeds import generator
 
 EVAL_BATCH = 500
+TABLE = "model_accuracies.csv"
 COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
 MACHINE = ("device", "compile", "config", "overwrite", "data_dir", "imgntdir", "save_folder")  # change no result
 
@@ -150,14 +151,20 @@ def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[s
     return dict(zip(COLUMNS, (agent, train.accuracy(), train.loss, test.accuracy(own), test.accuracy()), strict=True))
 
 
-def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
-    """Give the claimed checkpoint folder its config.yaml; refuse one that was made with other options."""
-    if o.overwrite:
-        clear(folder)
+def describe_training(o: Namespace) -> dict:
+    """What the config.yaml beside the checkpoints says, machine and moment aside."""
     config = {k: v for k, v in vars(o).items() if k not in MACHINE}
     config["partition_seed"] = o.seed if o.partition_seed is None else o.partition_seed
     if o.data_dist != "non-iid-PF":
         del config["phase"]  # has no say
+    return config
+
+
+def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
+    """Give the claimed checkpoint folder its config.yaml; refuse one that was made with other options."""
+    if o.overwrite:
+        clear(folder)
+    config = describe_training(o)
     old = load_yaml(folder / "config.yaml")
     for key, value in config.items():
         if key in old and old[key] != value:
@@ -179,10 +186,22 @@ def run(o: Namespace, command: str) -> Path:
     return folder
 
 
+def rows_of_finished(folder: Path) -> list[dict]:
+    """The rows of model_accuracies.csv whose models are there."""
+    return [row for row in read_rows(folder / TABLE) if (folder / f"model_{row['agent']}.pth").exists()]
+
+
+def is_finished(o: Namespace) -> bool:
+    """Whether `folder` has all that these options would make, so that a sweep needn't start it."""
+    fill_defaults(o)
+    folder = checkpoint_folder(vars(o))
+    config, old = describe_training(o), load_yaml(folder / "config.yaml")
+    return not o.overwrite and old == old | config and len(rows_of_finished(folder)) == o.num_models
+
+
 def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], folder: Path) -> None:
     """Train and measure the agents that `folder` lacks."""
-    table = folder / "model_accuracies.csv"
-    rows = [row for row in read_rows(table) if (folder / f"model_{row['agent']}.pth").exists()]
+    rows = rows_of_finished(folder)
     missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
     if not missing:
         print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
@@ -201,7 +220,7 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
             save_tensors(file, {k: t.cpu() for k, t in training.snapshot(trainer.model).items()})
         (folder / f"partial_{agent}.pt").unlink(missing_ok=True)
         rows.append(row)
-        save_rows(table, COLUMNS, sorted(rows, key=lambda row: int(row["agent"])))
+        save_rows(folder / TABLE, COLUMNS, sorted(rows, key=lambda row: int(row["agent"])))
         print(f"agent {agent}: {len(parts[agent])} images, train {row['train_accuracy']:.2f} %, "
               f"test: own classes {row['own_classes_accuracy']:.2f} %, all {row['all_classes_accuracy']:.2f} %")
 

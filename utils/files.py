@@ -105,12 +105,15 @@ def load_yaml(path: Path) -> dict:
     return content
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """torch.load without running code from the file. Raises ValueError that names an unreadable file."""
+def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """torch.load without running code from the file. Raises ValueError that names an unreadable file.
+
+    mmap: leave tensors on the disk until they are looked at.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises half a dozen types for a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} can't be read as a checkpoint (truncated or of another kind?): {reason}") from error

@@ -53,6 +53,17 @@ def is_part(folder: Path) -> bool:
     return re.fullmatch(r"agent_\d+", folder.name) is not None
 
 
+def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """The options in which a run that was written down as `old` isn't this one, those in `free` aside."""
+    return [key for key in config if key not in FREE and key not in free and key in old and old[key] != config[key]]
+
+
+def iterations_done(path: Path) -> int:
+    """How many iterations the run in this folder has finished."""
+    file = path / "state.pt"
+    return load_tensors(file, mmap=True)["iteration"] if file.exists() else 0
+
+
 class RunFolder:
     """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
 
@@ -69,10 +80,9 @@ class RunFolder:
         if overwrite:
             clear(path)
         old = load_yaml(path / "config.yaml")
-        for key in config.keys() - FREE - set(free):
-            if key in old and old[key] != config[key]:
-                raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
-                                 "choose another --results_dir, or --overwrite to delete it")
+        for key in contradictions(old, config, free):
+            raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
+                             "choose another --results_dir, or --overwrite to delete it")
         if old and old.get("num_threads") != config["num_threads"]:
             print(f"note: begun with {old.get('num_threads')} threads, now {config['num_threads']}: "
                   "figures may differ in the last digits")
@@ -104,14 +114,10 @@ class RunFolder:
             self.board.close()
         self.lock.__exit__(*exception)
 
-    def _iteration(self, name: str) -> int:
-        file = self.path / name
-        return load_tensors(file)["iteration"] if file.exists() else 0
-
     def _last_finished(self, start: int) -> int:
         """What state.pt says; where that can't be read, `start`, if its state was kept."""
         try:
-            return self._iteration("state.pt")
+            return iterations_done(self.path)
         except ValueError:
             if start and self._kept_file(start).exists():
                 return start

@@ -8,7 +8,9 @@ resumes what was interrupted, because the scripts do.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import importlib
 import itertools
 import os
 import re
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ import yaml
 
 from utils.checkpoint import checkpoint_folder
 from utils.files import load_yaml
-from utils.options import Formatter, Parser, boolean, number
+from utils.options import Formatter, Parser, boolean, number, parse
 from utils.progress import say
 from utils.siblings import end_by
 
@@ -47,6 +49,7 @@ class Job:
     after: list[Job] = field(default_factory=list)
     state: str = "waiting"  # running, done, failed, skipped
     seconds: float = 0.0
+    is_finished: Callable[[], bool] = lambda: False  # whether starting it would only show that nothing is left to do
 
     @property
     def log(self) -> str:
@@ -57,6 +60,13 @@ class Job:
 
 # --------------------------------------------------------------------------------------------------------------------
 # From options to jobs
+
+
+def is_finished(script: str, o: Namespace) -> bool:
+    """Whether a script has done all that these options ask for: then it needn't be started to hear so."""
+    with contextlib.suppress(Exception):  # what is wrong the script can best say itself
+        return importlib.import_module(script).is_finished(copy.copy(o))
+    return False
 
 
 def grid(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -84,7 +94,8 @@ class Planner:
     def train(self, options: Mapping[str, Any], title: str) -> tuple[Job, dict[str, Any]]:
         """Pre-training, and all its options."""
         given = [*arguments(options), *self.known("train", self.extra)]
-        return self._job("train", title, [sys.executable, "-u", "-m", "train", *given]), self.settled_training(given)
+        settled = self.settled_training(given)
+        return self._job("train", title, [sys.executable, "-u", "-m", "train", *given], Namespace(**settled)), settled
 
     def checkpoints(self, argv: Sequence[str]) -> Path:
         """Where `train.py argv` puts its checkpoints."""
@@ -94,7 +105,7 @@ class Planner:
         """All options of `train.py argv`."""
         from train import fill_defaults
 
-        o = self._parse("train", [*argv])
+        o = self._parse("train", argv)
         fill_defaults(o)
         return vars(o)
 
@@ -106,10 +117,11 @@ class Planner:
         if launched:
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.num_models}",
                      str(ROOT / f"{script}.py")]
-        return self._job(script, title, [sys.executable, *start, *given], after)
+        return self._job(script, title, [sys.executable, *start, *given], o, after)
 
-    def _job(self, script: str, title: str, command: list[str], after: Job | None = None) -> Job:
-        job = self.jobs.setdefault(tuple(command), Job(script, title, command))
+    def _job(self, script: str, title: str, command: list[str], o: Namespace, after: Job | None = None) -> Job:
+        new = Job(script, title, command, is_finished=partial(is_finished, script, o))
+        job = self.jobs.setdefault(tuple(command), new)
         if after and after not in job.after:
             job.after.append(after)
         return job
@@ -126,11 +138,11 @@ class Planner:
             known += [word] if keep else []
         return known
 
-    def _parse(self, script: str, argv: list[str]) -> Namespace:
+    def _parse(self, script: str, argv: Sequence[str]) -> Namespace:
         """Now, rather than when the job's turn comes."""
         parser = self.parsers[script]
         parser.error = lambda message: _refuse(f"{script}: {message}")
-        return parser.parse_args(argv)
+        return parse(parser, argv)
 
 
 def _refuse(message: str) -> None:
@@ -277,7 +289,10 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: Sequence[str], folder: Pa
                 if job.state == "waiting" and any(other.state in ("failed", "skipped") for other in job.after):
                     job.state = "skipped"
                 ready = job.state == "waiting" and all(other.state == "done" for other in job.after)
-                if ready and len(running) < parallel:
+                if ready and len(running) < parallel and job.is_finished():
+                    job.state = "done"
+                    _report(job, jobs, "finished before")
+                elif ready and len(running) < parallel:
                     gpu = min(gpus, key=[g for *_, g in running.values()].count) if gpus else None
                     running[job] = (_start(job, folder, environment(parallel, gpu)), time.monotonic(), gpu)
                     job.state = "running"
@@ -286,7 +301,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: Sequence[str], folder: Pa
                 if process.poll() is not None:
                     del running[job]
                     job.state, job.seconds = "failed" if process.returncode else "done", time.monotonic() - started
-                    _report(job, jobs, folder, process.returncode)
+                    _report(job, jobs, f"failed (exit {process.returncode}), see {folder / job.log}"
+                            if process.returncode else f"done in {job.seconds:.0f} s")
                     _status(jobs, began)
             time.sleep(0.1)
     except BaseException:
@@ -334,10 +350,9 @@ def _status(jobs: Sequence[Job], began: float) -> None:
         print(f"\r\033[K{_counts(jobs)}, {minutes:.0f} min", end="", file=sys.stderr, flush=True)
 
 
-def _report(job: Job, jobs: Sequence[Job], folder: Path, code: int) -> None:
+def _report(job: Job, jobs: Sequence[Job], how: str) -> None:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    how = f"failed (exit {code}), see {folder / job.log}" if code else f"done in {job.seconds:.0f} s"
     say(f"[{_counts(jobs)}] {job.script} {job.title}: {how}")
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.helpers import ROOT, rows_of
@@ -231,17 +232,41 @@ def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
 @pytest.mark.slow
 def test_a_sweep_runs_and_is_finished_the_second_time(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = SWEEP | {"train": {"epochs": 1}, "all": SWEEP["all"] | {"seed": 0}, "main": {"opt": "WA", "merg_itr": 1}}
+    runs = [{"opt": ["WA", "COMMON"], "merg_itr": 1}, {"opt": "WA", "merg_itr": 1, "randominit": True}]
+    small = SWEEP | {"train": {"epochs": 1}, "all": SWEEP["all"] | {"seed": 0}, "main": runs}
     Path("sweep.yaml").write_text(yaml.safe_dump(small))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert sweep.main(["sweep.yaml", "--num_parallel", "2"]) == 0
-    assert "3 of 3 done" in capsys.readouterr().out
+    assert "5 of 5 done" in capsys.readouterr().out
     folders = sorted(file.parent for file in Path("results").glob("**/metrics.csv"))
-    assert len(folders) == 2 and len(list(Path("runs").glob("*.log"))) == 3
+    logs = {log: log.read_text() for log in sorted(Path("runs").glob("*.log"))}
+    assert len(folders) == 4 and len(logs) == 5
     rows = [rows_of(folder) for folder in folders]
-    assert sweep.main(["sweep.yaml"]) == 0
+
+    def started() -> list[str]:
+        """What the same sweep starts."""
+        sweep.main(["sweep.yaml"])
+        before = logs.copy()
+        logs.update({log: log.read_text() for log in Path("runs").glob("*.log")})
+        return sorted(log.name.partition("_")[0] for log in logs if logs[log] != before.get(log))
+
+    assert started() == [] and capsys.readouterr().out.count("finished before") == 5
+    Path("sweep.yaml").write_text(yaml.safe_dump(small | {"all": small["all"] | {"resume": True}}))
+    assert started() == []  # a script agrees: an option that changes no result
+    (folders[0] / "metrics.csv").rename("elsewhere")
+    assert len(started()) == 1
+    Path("elsewhere").rename(folders[0] / "metrics.csv")
     assert rows == [rows_of(folder) for folder in folders]
-    assert all("finished before" in log.read_text() for log in Path("runs").glob("[mb]*.log"))
+    model = next(Path("checkpoint").glob("**/model_0.pth"))
+    model.rename("elsewhere")
+    assert started() == ["train"]  # to the same model again
+    state = torch.load(model)
+    torch.save({key: tensor + 1 for key, tensor in state.items()}, model)
+    assert started() == ["base", "main", "main"] and "first_models" in capsys.readouterr().err
+    Path("elsewhere").rename(model)
+    longer = [{"opt": ["WA", "COMMON"], "merg_itr": 2}, {"opt": "WA", "merg_itr": 1, "randominit": True}]
+    Path("sweep.yaml").write_text(yaml.safe_dump(small | {"main": longer}))
+    assert started() == ["main", "main"] and started() == []
     shutil.rmtree("checkpoint")
     Path("checkpoint").write_text("in the way")
     assert sweep.main(["sweep.yaml"]) == 1
