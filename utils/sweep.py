@@ -19,8 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,11 @@ PATIENCE = 20.0  # seconds for a job to end after it was asked to
 
 @dataclass(eq=False)
 class Job:
-    """One command. title: what tells it from its siblings; after: jobs that must have succeeded before it."""
+    """One command.
+
+    title: what tells it from its siblings; after: jobs that must have succeeded before; options: as the script reads
+    them.
+    """
 
     script: str
     title: str
@@ -49,7 +53,13 @@ class Job:
     after: list[Job] = field(default_factory=list)
     state: str = "waiting"  # running, done, failed, skipped
     seconds: float = 0.0
-    is_finished: Callable[[], bool] = lambda: False  # whether starting it would only show that nothing is left to do
+    options: Namespace = field(default_factory=Namespace)
+
+    def is_finished(self) -> bool:
+        """Whether its script has done all that it would do: then it needn't be started to hear so."""
+        with contextlib.suppress(Exception):  # what is wrong the script can best say itself
+            return importlib.import_module(self.script).is_finished(copy.copy(self.options))
+        return False
 
     @property
     def log(self) -> str:
@@ -60,13 +70,6 @@ class Job:
 
 # --------------------------------------------------------------------------------------------------------------------
 # From options to jobs
-
-
-def is_finished(script: str, o: Namespace) -> bool:
-    """Whether a script has done all that these options ask for: then it needn't be started to hear so."""
-    with contextlib.suppress(Exception):  # what is wrong the script can best say itself
-        return importlib.import_module(script).is_finished(copy.copy(o))
-    return False
 
 
 def grid(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -120,14 +123,21 @@ class Planner:
         return self._job(script, title, [sys.executable, *start, *given], o, after)
 
     def _job(self, script: str, title: str, command: list[str], o: Namespace, after: Job | None = None) -> Job:
-        new = Job(script, title, command, is_finished=partial(is_finished, script, o))
-        job = self.jobs.setdefault(tuple(command), new)
+        job = self.jobs.setdefault(tuple(command), Job(script, title, command, options=o))
         if after and after not in job.after:
             job.after.append(after)
         return job
 
     def flags(self, script: str) -> set[str]:
         return {flag for action in self.parsers[script]._actions for flag in action.option_strings}
+
+    def says(self, job: Job, key: str, text: str) -> bool:
+        """Whether a job has what --key=text would give it."""
+        try:
+            name = self.parsers[job.script]._option_string_actions[f"--{key}"].dest
+            return getattr(job.options, name) == getattr(self._parse(job.script, [f"--{key}={text}"]), name)
+        except (KeyError, ValueError):  # its script knows no such option, or value
+            return False
 
     def known(self, script: str, extra: Sequence[str]) -> list[str]:
         """Those of the extra arguments that this script has."""
@@ -230,6 +240,17 @@ def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str,
     """Those of the options that a script has: what all scripts are given need not be known to each."""
     flags = planner.flags(script)
     return {key: value for key, value in options.items() if f"--{key}" in flags}
+
+
+def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Planner) -> list[Job]:
+    """The jobs whose options have one of the `wanted` values, and what these wait for."""
+
+    def fits(job: Job) -> bool:
+        return all(any(planner.says(job, key, text) for text in texts) for key, texts in wanted.items())
+
+    first = {other for job in jobs for other in job.after}
+    those = [job for job in jobs if job not in first and fits(job)]
+    return [job for job in jobs if job in those or any(job in other.after for other in those)]
 
 
 def plan_flags(script: str, o: Namespace, planner: Planner) -> list[Job]:
@@ -421,11 +442,21 @@ def file_parser() -> ArgumentParser:
     p = Parser(
         prog="python -m utils.sweep", formatter_class=Formatter, allow_abbrev=False,
         description="Run every experiment of a sweep file, pre-training first. Finished runs are skipped, interrupted "
-                    "ones resume.\n\nexample:\n  python -m utils.sweep configs/paper/table_ring.yaml --num_parallel 2",
+                    "ones resume.\n\nexample:\n  python -m utils.sweep configs/digits.yaml --num_parallel 2",
         epilog="train.sh, main.sh and base_lines.sh are this command with the script's name for the file.")
     p.add_argument("file", metavar="FILE.yaml", help="a grid over the scripts' options")
+    p.add_argument("--only", type=_values, nargs="+", default=[], metavar="KEY=A,B",
+                   help="run only jobs with these values of an option, and the pre-trainings that they need; "
+                        "example: --only opt=DIMAT,WA seed=0")
     _options(p, runs=True)
     return p
+
+
+def _values(text: str) -> tuple[str, list[str]]:
+    key, _, values = text.partition("=")
+    if not key or not values:
+        raise ArgumentTypeError(f"'{text}' is not KEY=VALUE or KEY=VALUE,VALUE")
+    return key.lstrip("-"), values.split(",")
 
 
 def flags_parser(script: str) -> ArgumentParser:
@@ -472,7 +503,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             o.run_python, o.how_to_run = not o.dry_run, "leaving out --dry_run"
             if not Path(o.file).is_file():
                 raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
-            jobs = plan_file(load_yaml(Path(o.file)), Planner(scripts_parsers()))
+            planner = Planner(scripts_parsers())
+            jobs = only(plan_file(load_yaml(Path(o.file)), planner), dict(o.only), planner)
+            if o.only and not jobs:
+                said = " and ".join(f"{key}={' or '.join(texts)}" for key, texts in o.only)
+                raise ValueError(f"--only: no job of {o.file} has {said} (--dry_run lists them)")
         if not jobs:
             raise ValueError("nothing to run: the grid is empty")
         return carry_out(jobs, o)

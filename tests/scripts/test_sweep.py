@@ -142,6 +142,34 @@ def test_runs_start_from_the_pretrainings_that_they_name():
     assert sum(job.script == "main" for job in plan_file(one, Planner(scripts_parsers()))) == 4
 
 
+def test_a_part_of_a_sweep(tmp_path, capsys):
+    planner = Planner(scripts_parsers())
+    jobs = plan_file(SWEEP, planner)
+
+    def of(**wanted):
+        return [job for job in sweep.only(jobs, {key: value.split(",") for key, value in wanted.items()}, planner)]
+
+    def count(chosen):
+        return [sum(job.script == script for job in chosen) for script in ("train", "main", "base_lines")]
+
+    assert of() == jobs
+    assert count(of(opt="DIMAT")) == [4, 4, 0] and count(of(opt="DIMAT,CDSGD")) == [4, 4, 4]
+    assert count(of(seed="1", data_dist="iid")) == [1, 2, 1]
+    assert count(of(random_seed="01")) == [2, 4, 2]  # an alias, and a value as the script reads it
+    assert count(of(merg_itr="2", opt="CDSGD")) == [0, 0, 0]
+    for job in of(opt="WA", seed="0"):
+        assert job.script == "train" or ("--opt=WA" in job.command and "--seed=0" in job.command)
+        assert all(other in jobs for other in job.after)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    command = [str(tmp_path / "sweep.yaml"), "--dry_run", "--only"]
+    assert sweep.main([*command, "opt=WA", "seed=0"]) == 0
+    assert "# 4 commands" in capsys.readouterr().out
+    assert sweep.main([*command, "opt=WO"]) == 2 and "no job of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sweep.main([*command, "opt"])
+    assert "'opt' is not KEY=VALUE" in capsys.readouterr().err
+
+
 def test_what_starts_from_random_models_needs_no_pretraining():
     trained = {"train": [{"data_dist": "iid", "epochs": 1}, {"data_dist": "dirichlet", "alpha": 0.1, "epochs": 1}]}
     everywhere = {"dataset": "digits", "width_multiplier": 1, "num_models": 4}
