@@ -16,7 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.plots import LABELS, Curve, accuracy_curve, accuracy_figure, read_metrics
+from utils.plots import LABELS, accuracy_figure
+from utils.runs import Curve, accuracy_curve, read_metrics
 
 ROOT = Path(__file__).resolve().parent
 METHODS = ("DIMAT", "COMMON", "WA", "NONE")

@@ -42,6 +42,19 @@ def exchange(text: str) -> str:
     return str(Path(text.removeprefix("folder:")).expanduser())
 
 
+def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
+    """--only KEY=A,B ...: a list of (key, values as they were written)."""
+
+    def wanted(text: str) -> tuple[str, list[str]]:
+        key, _, values = text.partition("=")
+        if not key or not values:
+            raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE or KEY=VALUE,VALUE")
+        return key.lstrip("-"), values.split(",")
+
+    p.add_argument("--only", type=wanted, nargs="+", default=[], metavar="KEY=A,B",
+                   help=f"{do} that have one of these values of an option{besides}: --only opt=DIMAT,WA seed=0")
+
+
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
     """An argparse type: a number of `kind` with low <= x <= high (low < x if `strict`)."""
 

@@ -1,4 +1,4 @@
-"""Figures of runs: reading them, comparing like with like, and the pictures that the demo and the toolkit share.
+"""Pictures: which runs are one line, what a line looks like, and the drawing that the demo and the toolkit share.
 
 `python -m utils.plots results/ --out figures/` draws all that run folders hold; utils/run_plots.py says what.
 matplotlib is imported only when a picture is drawn.
@@ -6,22 +6,16 @@ matplotlib is imported only when a picture is drawn.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, write_atomically
-from utils.results import FREE, PHASES, is_part
-from utils.topology import short_name
+from utils.files import REFERENCE, SHORT, write_atomically
+from utils.runs import ALONE, FOLLOWERS, IGNORED, Curve, Run, of_seed
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
@@ -36,107 +30,6 @@ OTHER_COLOURS = ("#56B4E9", "#000000", "#F0E442", "#8B4513")
 OTHER_MARKERS = ("P", "X", "<", ">", "*", "h")
 LINESTYLES = ("-", "--", "-.", ":")
 LABELS = {"NONE": "agents alone"}
-ALONE = "NONE"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A figure per iteration over the agents: `iterations` (K,) ascending; `mean`, `low`, `high` (K,)."""
-
-    iterations: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a run's `metrics.csv`; `path` is that file or the run's folder.
-
-    Raises FileNotFoundError where there is none, ValueError where it has no rows.
-    """
-    path = Path(path)
-    path = path / "metrics.csv" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no metrics at {path}: is this the folder of a run?")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{path} has no rows yet: let the run finish an iteration first")
-    return rows
-
-
-def accuracy_curve(
-    rows: list[dict[str, str]],
-    column: str = "test_accuracy",
-    phases: tuple[str, ...] = ("initial", "merged"),
-) -> Curve:
-    """Mean, lowest and highest `column` over the agents, for every iteration that has rows in one of `phases`.
-
-    The default reads the agents as they came (iteration 0) and right after each merge, the point the paper plots.
-    Raises ValueError where no row fits.
-    """
-    values: dict[int, list[float]] = {}
-    for row in rows:
-        if row["phase"] in phases and row[column] != "":
-            values.setdefault(int(row["iteration"]), []).append(float(row[column]))
-    if not values:
-        raise ValueError(f"no {column} in the phases {', '.join(phases)}")
-    iterations = sorted(values)
-    reduce = [[function(values[k]) for k in iterations] for function in (np.mean, np.min, np.max)]
-    return Curve(np.array(iterations), *map(np.array, reduce))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Runs, and which of them are comparable
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run folder: the options in its config.yaml and the rows of its metrics.csv."""
-
-    path: Path
-    config: dict[str, Any]
-    rows: list[dict[str, str]]
-
-    @property
-    def method(self) -> str:
-        return self.config["opt"]
-
-    @property
-    def seed(self) -> int:
-        return self.config["seed"]
-
-    @property
-    def agents(self) -> int:
-        return self.config["num_models"]
-
-    @property
-    def phases(self) -> tuple[str, str]:
-        """Where its curves have their points: at the start and after each merge; base_lines.py only trains."""
-        return ("initial", "trained" if "num_epochs" in self.config else "merged")
-
-    @property
-    def local_epochs(self) -> int:
-        """Epochs of an agent from one point of the curve to the next; 0 for merges without training between."""
-        config = self.config
-        return config.get("num_epochs") or (config.get("epochs", 0) if config.get("training") else 0)
-
-    @property
-    def panel(self) -> tuple[str, ...]:
-        """(data set, model, topology, agents, data distribution): runs that share it can be drawn together."""
-        config = self.config
-        dirichlet = config["data_dist"] == "dirichlet" and config.get("alpha") is not None
-        data_dist = f"dirichlet {config['alpha']:g}" if dirichlet else config["data_dist"]
-        return (config["dataset"], config["model"], short_name(config["topology"]), str(self.agents), data_dist)
-
-    @property
-    def last(self) -> int:
-        """The last iteration there are figures of."""
-        return max(int(row["iteration"]) for row in self.rows)
-
-    def curve(self, column: str) -> Curve:
-        """`column` over the agents, at the points of this run's curves."""
-        return accuracy_curve(self.rows, column, self.phases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,119 +43,29 @@ class Line:
 
     @property
     def rank(self) -> tuple:
-        """Its place in a legend: the known methods first, agents alone last, 20 before 100."""
+        """Its place in a legend: known methods first, agents alone last; a method's usual form first, 20 before 100."""
         known = [method for method in STYLES if method != ALONE]
         place = known.index(self.method) if self.method in known else len(known) + (self.method == ALONE)
-        return place, [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", self.label)]
+        options = self.runs[0].options
+        unusual = sum(options.get(key) not in (None, usual) for key, usual in REFERENCE.items() if type(usual) is str)
+        words = re.split(r"(\d+)", self.label)
+        return place, unusual, [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 
 
-def read_run(folder: Path) -> Run:
-    """Raises OSError or ValueError, saying why, where `folder` holds no run that can be drawn."""
-    config = load_yaml(folder / "config.yaml")
-    for key, kind in {"opt": str, "topology": str, "num_models": int, "seed": int, "dataset": str, "model": str,
-                      "data_dist": str}.items():
-        if not isinstance(config.get(key), kind):
-            raise ValueError(f"config.yaml has no {key}")
-    rows = read_metrics(folder)
-    for number, row in enumerate(rows, start=2):
-        try:
-            known = ["test_accuracy", "bytes_sent"]
-            known += ["consensus_distance"] if row["consensus_distance"] != "" else []  # agents on their own: nobody
-            figures = [float(row[key]) for key in known]
-            sound = all(map(math.isfinite, figures)) and int(row["iteration"]) >= 0 and row["phase"] in PHASES
-            sound = sound and 0 <= int(row["agent"]) < config["num_models"]
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise ValueError(f"metrics.csv, line {number}, is not a row of a run (cut short?)")
-    run = Run(folder, config, rows)
-    if not any(row["phase"] in run.phases for row in rows):
-        raise ValueError(f"metrics.csv has no rows of the phases {' and '.join(run.phases)}")
-    return run
-
-
-def find_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[Run], list[str]]:
-    """All runs in and below `paths`, and notes about what was skipped. Raises FileNotFoundError for no such path."""
-    folders: dict[Path, Path] = {}  # by where they really are: paths may overlap
-    notes = []
-
-    def unreadable(error: OSError) -> None:
-        notes.append(f"skipped {error.filename}: {error.strerror}")
-
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give a results folder")
-        path = path.parent if path.is_file() else path
-        for root, below, files in os.walk(path, onerror=unreadable):
-            below[:] = sorted(name for name in below if not is_part(Path(name)))
-            if "metrics.csv" in files:
-                folders.setdefault(Path(root).resolve(), Path(root))
-    runs = []
-    for folder in folders.values():
-        try:
-            if not (folder / "config.yaml").is_file():
-                raise ValueError("there is a metrics.csv, but no config.yaml beside it")
-            runs.append(read_run(folder))
-        except (OSError, ValueError, csv.Error) as error:
-            reason = getattr(error, "strerror", None) or str(error).replace(f"{folder}{os.sep}", "")
-            notes.append(f"skipped {folder}: {reason}")
-    return runs, notes
-
-
-# Told by a run's place in the picture, by its line or by other options; FREE are those that change no figure.
-ELSEWHERE = {"opt", "seed", "dataset", "model", "topology", "num_models", "data_dist", "alpha", "num_epochs",
-             "training", "randominit", "diffinit", "first_models", "initial_models",
-             "memory_layout"}
+# Told by a run's place in the picture, by its line or by other options.
+ELSEWHERE = IGNORED | {"opt", "dataset", "model", "topology", "num_models", "data_dist", "alpha", "num_epochs",
+                       "training", "randominit", "diffinit"}
 # Differences in these make any two lines of a panel unequal, whatever their methods.
 FAIRNESS = {"epochs", "init", "pretrain_epochs", "pretrain_seed", "partition_seed", "phase", "train_samples",
             "test_samples", "holdout", "width_multiplier"}
-MATCHING = ("match_data", "match_samples", "match_augment")
-TRAINING = ("batch_size", "optim", "lr", "momentum", "weight_decay", "amp")
 
 
-def options_that_matter(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's options can change its figures, but for seed and panel, and only where they have a say.
-
-    An option that config.yaml lacks, because it is older than the option, has the value of the reference table.
-    """
-    baseline = "num_epochs" in config
-    trains = baseline or bool(config.get("training"))
-    given = {key: value for key, value in config.items() if value is not None}
-    o = {key: value for key, value in ((BASELINE_REFERENCE if baseline else REFERENCE) | given).items()
-         if key not in FREE | ELSEWHERE}
-    # `epochs` of base_lines.py says only how far the run goes.
-    o["epochs"] = config["num_epochs"] if baseline else config.get("epochs", 0) if trains else 0
-    idle = set() if trains else {key for key in TRAINING if key != "batch_size"}  # matching reads batches, too
-    if not baseline:
-        merges, matches = config["opt"] != ALONE, config["opt"] not in ("WA", "WM", ALONE)
-        idle |= {"match_data"} if not merges else set()
-        idle |= {"match_at"} if not matches else set()
-        idle |= {"match_prior"} if config["opt"] not in ("DIMAT", "COMMON") else set()
-        idle |= set(MATCHING) if not matches and o["bn_reset"] == "none" else set()
-    idle |= {"phase"} if config["data_dist"] != "non-iid-PF" else set()
-    if o["partition_seed"] is None:
-        o["partition_seed"] = config["seed"]
-    if config.get("imgntdir"):
-        o["imgntdir"] = Path(config["imgntdir"]).name
-    o = {key: value for key, value in o.items() if key not in idle and not key.startswith("pretrain_")}
-    if config.get("randominit"):
-        o["init"] = "different_random" if config.get("diffinit") else "same_random"
-    else:
-        o |= {"init": "trained"} | pretraining(config)
-    return {key: hashlib.sha1(repr(value).encode()).hexdigest()[:6] if isinstance(value, (list, dict)) else value
-            for key, value in o.items()}
-
-
-def pretraining(config: dict[str, Any]) -> dict[str, Any]:
-    """How the agents that a run began with were trained, as far as the path of its `ckp` says; {} without one."""
-    ckp = config.get("ckp") or ""
-    found = re.search(r"(same|diff)_initialization/.*?num_epochs_(\d+)(?:/([^/]*=[^/]*))?/random_seed_(\d+)", ckp)
-    if not found:  # not laid out by train.py: all there is is its name, less the run's seed
-        return {"ckp": re.sub(rf"(seed_?){config['seed']}(?!\d)", r"\1*", ckp)} if ckp else {}
-    init, epochs, unusual, seed = found.groups()
-    was = dict(item.partition("=")[::2] for item in (unusual or "").split(","))
-    return {"pretrain_init": init, "pretrain_epochs": int(epochs), "pretrain_seed": int(seed)} | {
-        f"pretrain_{key}": was.get(key, str(REFERENCE[key])) for key in TRAINING}
+def options_that_matter(run: Run) -> dict[str, Any]:
+    """What of a run's options can change its figures, but for seed and panel, and only where they have a say."""
+    different = "different_random" if run.config.get("diffinit") else "same_random"
+    init = different if run.config.get("randominit") else "trained"
+    return {key: value for key, value in run.options.items() if value is not None and key not in ELSEWHERE} | {
+        "epochs": run.local_epochs, "init": init}  # `epochs` of base_lines.py says only how far the run goes
 
 
 def varying(options: Sequence[dict[str, Any]]) -> set[str]:
@@ -278,17 +81,17 @@ def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
     the methods of any panel: it means the same in all panels. A run of a line and seed that is there already is left
     out, and noted: repeating a run gives no second seed.
     """
-    options = [options_that_matter(run.config) for run in runs]
+    options = [options_that_matter(run) for run in runs]
     panels: dict[tuple[str, ...], list[int]] = {}
     for index, run in enumerate(runs):
         panels.setdefault(run.panel, []).append(index)
     shown: dict[str, set[str]] = {run.method: set() for run in runs}
     for members in panels.values():
-        for key in ("partition_seed", "pretrain_seed"):  # as a rule the run's own, and then no difference in itself
-            if len({options[i].get(key) for i in members} - {None}) > 1:
-                for i in members:
-                    if options[i].get(key) == runs[i].seed:
-                        options[i][key] = "own"
+        for key in FOLLOWERS:  # as a rule they go with the seed, and then are no difference in themselves
+            having = [i for i in members if key in options[i]]
+            if len({options[i][key] for i in having}) > 1:
+                for i in having:
+                    options[i][key] = of_seed(options[i][key], runs[i].seed)
         unfair = varying([options[i] for i in members]) & FAIRNESS
         for method in shown:
             shown[method] |= unfair | varying([options[i] for i in members if runs[i].method == method])

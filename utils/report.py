@@ -6,32 +6,20 @@ Only runs that differ in nothing but the seed are averaged; whatever else tells 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import INHERITED
-from utils.files import REFERENCE, SHORT, load_yaml, save_text
-from utils.options import parser
-from utils.plots import accuracy_curve, read_metrics
-from utils.results import FREE, is_part
-from utils.topology import short_name
+from utils.files import save_text
+from utils.options import only_option, parser
+from utils.runs import FOLLOWERS, IGNORED, Run, accuracy_curve, find_runs, of_seed
 
-# Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
-IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
-FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
-LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
-LATER = ("wire", "link_failure", "agent_failure", "staleness", "match_prior")
-PAIRING = ("match_data", "match_at")  # what agents alone don't do
-CHECKPOINT = re.compile(r"(same|diff)_initialization/.*num_epochs_(\d+)/(?:([^/]+)/)?random_seed_(\d+)/*$")
 MISSING = "\N{EN DASH}"
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
@@ -41,106 +29,19 @@ Labels = tuple[str, ...]
 Cell = dict[int, float]  # seed -> value
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run folder: its options, comparable, and the rows of metrics.csv of whole iterations."""
-
-    path: Path
-    options: dict[str, Hashable]
-    rows: list[dict[str, str]]
-
-    @property
-    def phase(self) -> str:
-        return "merged" if any(row["phase"] == "merged" for row in self.rows) else "trained"
-
-    @property
-    def finished(self) -> int:
-        return max((int(row["iteration"]) for row in self.rows if row["phase"] == self.phase), default=0)
-
-
-def pretraining(ckp: Path) -> dict[str, Hashable]:
-    """What the path of the checkpoints says of how they were made and a run's own options don't."""
-    found = CHECKPOINT.search(ckp.as_posix())
-    if not found:
-        return {"pretrain_folder": "/".join(ckp.parts[-2:])}
-    init, epochs, unusual, seed = found.groups()
-    inherited = {SHORT.get(key, key) for key in INHERITED}
-    own = [setting for setting in (unusual or "").split(",") if setting.partition("=")[0] not in inherited]
-    return {"pretrain_init": init, "pretrain_epochs": int(epochs), "pretrain_seed": int(seed),
-            "pretrain_options": ",".join(own) or None}
-
-
-def hashable(option: Any) -> Hashable:
-    return option if isinstance(option, Hashable) else f"#{hashlib.sha1(repr(option).encode()).hexdigest()[:6]}"
-
-
-def comparable(config: dict[str, Any]) -> dict[str, Hashable]:
-    """A config.yaml's options with None for what has no say, lists as a short name, and the pre-training's."""
-    # What a config.yaml of main.py lacks is older than the option.
-    later = {} if "num_epochs" in config else {key: REFERENCE[key] for key in LATER}
-    options = later | {str(key): hashable(option) for key, option in config.items()}
-    options["topology"] = short_name(str(options.get("topology")))
-    if options.get("imgntdir"):
-        name = Path(str(options["imgntdir"])).name
-        options["imgntdir"] = None if name == REFERENCE["imgntdir"] else name
-    if options.get("partition_seed") is None:
-        options["partition_seed"] = options["seed"]
-    if options.get("ckp") and not options.get("randominit"):
-        options |= pretraining(Path(str(options["ckp"])))
-    if options.get("training") is False:
-        options |= dict.fromkeys(LOCAL_TRAINING)
-    if options.get("opt") not in ("DIMAT", "COMMON"):
-        options["match_prior"] = None
-    return options | (dict.fromkeys(PAIRING) if options.get("opt") == "NONE" else {})
-
-
-def read_run(folder: Path) -> Run:
-    """Raises ValueError, KeyError or OSError where the folder's files are not a run's."""
-    config = load_yaml(folder / "config.yaml")
-    for key in ("seed", "num_models", "merg_itr"):
-        if type(config[key]) is not int:
-            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
-    phases: dict[tuple[int, str], list[dict[str, str]]] = {}
-    for row in read_metrics(folder):
-        if None not in row.values():  # or the line was cut short
-            phases.setdefault((int(row["iteration"]), row["phase"]), []).append(row)
-    everyone = sorted(map(str, range(config["num_models"])))
-    whole = [rows for rows in phases.values() if sorted(row["agent"] for row in rows) == everyone]
-    return Run(folder, comparable(config), [row for rows in whole for row in rows])
-
-
-def find_runs(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """All runs below `paths`, and a note for each that can't be read. Raises ValueError where there is none."""
-    for path in paths:
-        if not Path(path).is_dir():
-            raise ValueError(f"{path} is not a folder: give one that holds run folders")
-    configs = sorted(config for path in paths for config in Path(path).rglob("config.yaml")
-                     if not is_part(config.parent))
-    folders = {file.parent.resolve(): file.parent for file in configs if file.with_name("metrics.csv").exists()}
-    runs, notes = [], []
-    for folder in folders.values():
-        try:
-            runs.append(read_run(folder))
-        except (ValueError, KeyError, OSError, csv.Error) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
-            notes.append(f"not counted: {folder} can't be read: {reason}")
-    if not runs:
-        raise ValueError(f"no runs (config.yaml beside metrics.csv) below {', '.join(paths)}"
-                         + (f"; {notes[0]}" if notes else ""))
-    return runs, notes
-
-
 def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
     """The mean of `column` over the agents at iteration `at`, 'final' or 'best', or its 'mean' over all iterations.
 
     'to:A' is the first iteration at which that is at least A (at most, if it is no accuracy).
     Raises ValueError, saying why, where the run has none.
     """
-    if isinstance(at, str) and run.finished < run.options["merg_itr"]:
-        raise ValueError(f"unfinished: {run.finished} of {run.options['merg_itr']} iterations are done")
-    if run.rows and column not in run.rows[0]:
+    rows, point = run.whole(), run.phases[1]
+    finished = max((int(row["iteration"]) for row in rows if row["phase"] == point), default=0)
+    if isinstance(at, str) and finished < run.config["merg_itr"]:
+        raise ValueError(f"unfinished: {finished} of {run.config['merg_itr']} iterations are done")
+    if rows and column not in rows[0]:
         raise ValueError(f"no column {column}")
-    curve = accuracy_curve(run.rows, column, ("initial" if at == 0 else phase or run.phase,))
+    curve = accuracy_curve(rows, column, ("initial" if at == 0 else phase or point,))
     if at == "best":
         return float(curve.mean.max() if "accuracy" in column else curve.mean.min())
     if at == "mean":
@@ -198,7 +99,7 @@ def distinctions(runs: Sequence[Run], cols: Sequence[str], at: int | str) -> lis
     for key in FOLLOWERS:
         for group in groups():
             given = {i: str(options[i].get(key)) for i in group}
-            to_seed = {i: re.sub(rf"(?<!\d){runs[i].options['seed']}(?!\d)", "SEED", given[i]) for i in group}
+            to_seed = {i: of_seed(given[i], runs[i].seed) for i in group}
             if several(given.values()) and several(to_seed.values()):
                 for i in group:
                     said[i][key] = to_seed[i]
@@ -231,7 +132,7 @@ def count_once(runs: Sequence[Run], values: dict[Run, float]) -> tuple[Cell, lis
     first: dict[int, Run] = {}
     notes = []
     for run in runs:
-        same = first.setdefault(run.options["seed"], run)
+        same = first.setdefault(run.seed, run)
         if same is not run:
             differ = values[same] != values[run]
             notes.append(f"counted once: {same.path} and {run.path} have the same options and seed"
@@ -314,6 +215,7 @@ def make_parser() -> ArgumentParser:
                                "says by what.",
                "python -m utils.report results/ --rows opt,model --cols topology,data_dist --latex table.tex")
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="folders with run folders somewhere below")
+    only_option(p, "count only runs")
     p.add_argument("--rows", default="opt", metavar="A,B", help="options of config.yaml whose values make the rows")
     p.add_argument("--cols", default="topology,data_dist", metavar="A,B", help="options that make the columns")
     p.add_argument("--metric", default="final", metavar="final|best|mean|at:K|to:A",
@@ -349,7 +251,7 @@ def report(o: Namespace) -> tuple[str, list[str]]:
     for file in filter(None, (o.csv, o.latex)):
         if Path(file).exists() and not o.overwrite:
             raise ValueError(f"{file} exists: give another name, or --overwrite")
-    runs, notes = find_runs(o.paths)
+    runs, notes = find_runs(o.paths, dict(o.only))
     rows, cols = check_names("--rows", o.rows, runs), check_names("--cols", o.cols, runs)
     if not rows or set(rows) & set(cols):
         raise ValueError(f"--rows '{o.rows}' --cols '{o.cols}': rows need an option, and one that is no column's too")
@@ -380,7 +282,7 @@ def report(o: Namespace) -> tuple[str, list[str]]:
         save_text(Path(o.csv), long_form(cells, rows, cols, shared))
     if o.latex:
         save_text(Path(o.latex), latex(table, len(rows)))
-    phases = " or ".join(sorted({"initial" if at == 0 else o.phase or run.phase for run in values}))
+    phases = " or ".join(sorted({"initial" if at == 0 else o.phase or run.phases[1] for run in values}))
     title = f"{o.column}, {o.metric}, {phases}: mean ± sample standard deviation over seeds (number of seeds)"
     same = ["everywhere: " + ", ".join(f"{name}={level}" for name, level in shared.items())] if shared else []
     return "\n".join([title, *same, "", markdown(table), *([""] if remarks else []), *remarks]), notes

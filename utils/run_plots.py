@@ -22,20 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.options import Formatter, Parser
+from utils.options import Formatter, Parser, only_option
 from utils.plots import (
-    ALONE,
-    PHASES,
-    Curve,
     Line,
-    Run,
     curves_panel,
-    find_runs,
     lines_of,
     new_figure,
     save_figure,
     styles,
 )
+from utils.results import PHASES
+from utils.runs import ALONE, Curve, Run, find_runs
 from utils.topology import Topology, make_topology, short_name
 
 Page = Callable[[], Any]  # draws a matplotlib figure
@@ -643,19 +640,15 @@ def make_parser() -> argparse.ArgumentParser:
                "seed are one line; what differs otherwise is in its name.\nMany runs make several pages "
                "(topology.png, topology_2.png, ...).")
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="run folders, or folders above them")
+    only_option(p, "draw only runs")
     p.add_argument("--out", default="figures", metavar="DIR", help="where the pictures go")
     p.add_argument("--format", type=formats, default="png,pdf", metavar="LIST", help=f"of {', '.join(FORMATS)}")
     p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     return p
 
 
-def draw(paths: Sequence[str], out: Path, kinds: Sequence[str], overwrite: bool, note: Note) -> list[Path]:
-    """Draw all runs below `paths` into `out` and return the files. Raises ValueError or OSError, saying why not."""
-    runs, skipped = find_runs(paths)
-    for text in skipped:
-        note(text)
-    if not runs:
-        raise ValueError(f"no runs below {', '.join(map(str, paths))}: a run folder has config.yaml and metrics.csv")
+def draw(runs: Sequence[Run], out: Path, kinds: Sequence[str], overwrite: bool, note: Note) -> list[Path]:
+    """Draw all `runs` into `out` and return the files. Raises ValueError or OSError, saying why not."""
     lines, left_out = lines_of(runs)
     for text in left_out:
         note(text)
@@ -681,7 +674,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     o = make_parser().parse_args(argv)
     try:
-        for file in draw(o.paths, Path(o.out), o.format, o.overwrite, say):
+        runs, skipped = find_runs(o.paths, dict(o.only))
+        for text in skipped:
+            say(text)
+        for file in draw(runs, Path(o.out), o.format, o.overwrite, say):
             print(file)
         return 0
     except (ValueError, OSError) as error:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ import yaml
 
 from utils.checkpoint import checkpoint_folder
 from utils.files import load_yaml
-from utils.options import Formatter, Parser, boolean, number, parse
+from utils.options import Formatter, Parser, boolean, number, only_option, parse
 from utils.progress import say
 from utils.siblings import end_by
 
@@ -445,18 +445,9 @@ def file_parser() -> ArgumentParser:
                     "ones resume.\n\nexample:\n  python -m utils.sweep configs/digits.yaml --num_parallel 2",
         epilog="train.sh, main.sh and base_lines.sh are this command with the script's name for the file.")
     p.add_argument("file", metavar="FILE.yaml", help="a grid over the scripts' options")
-    p.add_argument("--only", type=_values, nargs="+", default=[], metavar="KEY=A,B",
-                   help="run only jobs with these values of an option, and the pre-trainings that they need; "
-                        "example: --only opt=DIMAT,WA seed=0")
+    only_option(p, "run only jobs", ", and the pre-trainings that they need")
     _options(p, runs=True)
     return p
-
-
-def _values(text: str) -> tuple[str, list[str]]:
-    key, _, values = text.partition("=")
-    if not key or not values:
-        raise ArgumentTypeError(f"'{text}' is not KEY=VALUE or KEY=VALUE,VALUE")
-    return key.lstrip("-"), values.split(",")
 
 
 def flags_parser(script: str) -> ArgumentParser:

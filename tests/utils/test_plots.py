@@ -1,6 +1,7 @@
 """Reading metrics and drawing them."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -10,18 +11,17 @@ import pytest
 import yaml
 
 import demo
+from main import make_parser, options_that_matter, settle_alignment
+from merging import METHODS
 from utils import run_plots
 from utils.plots import (
-    Curve,
-    accuracy_curve,
     accuracy_figure,
     accuracy_panel,
-    find_runs,
     lines_of,
-    read_metrics,
     style,
     styles,
 )
+from utils.runs import Curve, accuracy_curve, find_runs, read_metrics, without_say
 from utils.topology import make_topology
 
 
@@ -178,7 +178,8 @@ def test_runs_are_found_once_wherever_they_are(tmp_path):
     (tmp_path / "link").symlink_to(a)
     runs, notes = find_runs([tmp_path, a, b / "metrics.csv", tmp_path / "link"])
     assert [run.path for run in runs] == [a, b] and notes == []
-    assert find_runs([tmp_path / "empty"]) == ([], [])
+    with pytest.raises(ValueError, match=r"no runs .* below .*empty"):
+        find_runs([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         find_runs([tmp_path / "nowhere"])
 
@@ -188,9 +189,9 @@ def test_runs_are_found_once_wherever_they_are(tmp_path):
     ("config.yaml", "opt: [", "config.yaml can't be read"),
     ("config.yaml", "opt: DIMAT", "config.yaml has no topology"),
     ("metrics.csv", "iteration,phase\n", "no rows yet"),
-    ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,0,10,1,0\n1,merged,0", "line 3, is not a row of a run"),
-    ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,0,nan,1,0\n", "line 2, is not a row of a run"),
-    ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,3,10,1,0\n", "line 2, is not a row of a run"),
+    ("config.yaml", "{opt: 3}", "config.yaml says opt: 3"),
+    ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,0,nan,1,0\n", "not of a run: 0,initial,0,nan"),
+    ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,3,10,1,0\n", "not of a run: 0,initial,3"),
     ("metrics.csv", ",".join(COLUMNS) + "\n1,trained,0,10,1,0\n", "no rows of the phases initial and merged"),
 ])
 def test_what_is_no_run_is_skipped_and_noted(tmp_path, file, content, reason):
@@ -202,6 +203,23 @@ def test_what_is_no_run_is_skipped_and_noted(tmp_path, file, content, reason):
     runs, notes = find_runs([tmp_path])
     assert [run.path for run in runs] == [good]
     assert len(notes) == 1 and notes[0].startswith(f"skipped {bad}: ") and reason in notes[0]
+
+
+def test_a_line_that_is_cut_short_is_not_yet_there(tmp_path):
+    metrics = write_run(tmp_path / "run") / "metrics.csv"
+    metrics.write_text(metrics.read_text() + "3,merged,0")
+    (run,), notes = find_runs([tmp_path])
+    assert run.last == 2 and notes == []
+
+
+def test_scripts_and_pictures_agree_on_what_has_no_say():
+    methods = [*METHODS, "NONE"]
+    for opt, training, bn_reset in itertools.product(methods, ("True", "False"), ("none", "both")):
+        o = make_parser().parse_args([f"--opt={opt}", f"--training={training}", f"--bn_reset={bn_reset}", "--root=0"])
+        settle_alignment(o, make_topology("ring", o.num_models))
+        matter = options_that_matter(o, {})
+        given = {key for key, value in vars(o).items() if value is not None}
+        assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), opt
 
 
 def test_seeds_share_a_line_and_nothing_else_does(make):
@@ -226,7 +244,7 @@ def test_options_without_a_say_make_no_difference(make):
 
 def test_an_option_that_an_old_folder_lacks_has_its_reference_value(make):
     assert labels([make(seed=0), make(seed=1, match_at="last"), make(seed=2, match_at="all")]) == [
-        ("DIMAT, match_at=all", [2]), ("DIMAT, match_at=last", [0, 1])]
+        ("DIMAT, match_at=last", [0, 1]), ("DIMAT, match_at=all", [2])]
 
 
 def test_seeds_of_the_data_follow_the_run_or_stand_still(make):
@@ -234,7 +252,7 @@ def test_seeds_of_the_data_follow_the_run_or_stand_still(make):
     assert labels([make(seed=0, partition_seed=None), make(seed=1, partition_seed=1)]) == [("DIMAT", [0, 1])]
     assert labels([make(seed=k, partition_seed=7) for k in range(2)]) == [("DIMAT", [0, 1])]
     assert labels([make(seed=5, partition_seed=5), make(seed=6, partition_seed=7)]) == [
-        ("DIMAT, partition_seed=7", [6]), ("DIMAT, partition_seed=own", [5])]
+        ("DIMAT, partition_seed=7", [6]), ("DIMAT, partition_seed=SEED", [5])]
 
 
 def test_the_start_tells_lines_apart(make):
@@ -291,6 +309,8 @@ def test_lines_are_ordered_as_in_a_legend(make):
     runs += [make(match_samples=samples) for samples in (1000, 20, 300)]
     assert [label for label, _ in labels(runs)] == [
         "DIMAT, match_samples=20", "DIMAT, match_samples=300", "DIMAT, match_samples=1000", "WA", "SGP", "agents alone"]
+    runs = [make(match_prior=prior) for prior in ("identity", "none")]
+    assert [label for label, _ in labels(runs)] == ["DIMAT, match_prior=none", "DIMAT, match_prior=identity"]
 
 
 def test_twenty_lines_look_different_and_keep_the_methods_colours():
@@ -594,7 +614,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
 
 def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for path, message in (("empty", "no runs below"), ("nowhere", "does not exist")):
+    for path, message in (("empty", "no runs (config.yaml beside metrics.csv) below"), ("nowhere", "does not exist")):
         assert run_plots.main([str(tmp_path / path), "--out", str(tmp_path / "figures")]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and message in said and said.count("\n") == 1

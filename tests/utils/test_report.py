@@ -12,11 +12,12 @@ from utils.report import MISSING, main
 MERGE = {
     "opt": "DIMAT", "topology": "ring", "exp": 2, "merg_itr": 2, "training": True, "ckp": None, "randominit": True,
     "seed": 0, "dataset": "digits", "num_models": 2, "data_dist": "iid", "alpha": None, "partition_seed": None,
-    "model": "resnet20", "epochs": 2, "lr": 0.001, "match_samples": 0, "device": "auto", "command": "main.py",
-    "versions": {"torch": "2"}, "initial_models": "abc", "num_threads": 1,
+    "model": "resnet20", "epochs": 2, "lr": 0.001, "momentum": 0.0, "match_samples": 0, "device": "auto",
+    "command": "main.py", "versions": {"torch": "2"}, "initial_models": "abc", "num_threads": 1,
 }
 BASELINE = {key: value for key, value in MERGE.items() if key != "match_samples"} | {
-    "opt": "CDSGD", "epochs": 4, "num_epochs": 2, "memory_layout": "torch.contiguous_format", "launch": "17-4"}
+    "opt": "CDSGD", "epochs": 4, "num_epochs": 2, "momentum": None, "launch": "17-4",
+    "memory_layout": "torch.contiguous_format"}
 COLUMNS = ("iteration", "phase", "agent", "test_accuracy", "train_accuracy", "consensus_distance")
 
 
@@ -131,6 +132,17 @@ def test_the_mean_over_the_merges_is_the_area_under_the_curve(add, report):
     assert report("--metric=mean")[0][1][1] == "50.17 (1)"  # the accuracy of 99 at the start is no result
 
 
+def test_only_some_runs_count(add, report, error):
+    for seed in range(3):
+        add(f"a{seed}", [40, 50 + seed], seed=seed)
+    add("b", [40, 60], opt="WA", lr=0.01)
+    assert report("--only", "opt=DIMAT", "seed=1,2")[0][1:] == [["DIMAT", "51.50 ± 0.71 (2)"]]
+    assert report("--only", "lr=1e-2")[0][1:] == [["WA", "60.00 (1)"]]  # a number, however it is written
+    assert report("--only", "training=true", "opt=WA")[0][1:] == [["WA", "60.00 (1)"]]
+    assert "--only opt=WO,WM: no run has that; there are opt=DIMAT, WA" in error("--only", "opt=WO,WM")
+    assert "--only colour=red: no run has that" in error("--only", "colour=red")
+
+
 def test_baselines_are_read_after_training(add, report):
     add("a", [50, 60], base=BASELINE, phase="trained")
     add("b", [50, 70])
@@ -204,7 +216,7 @@ def test_one_checkpoint_for_all_seeds_is_one_experiment_beside_random_starts(add
 
 @pytest.mark.parametrize(("one", "other", "label"), [
     (LAYOUT.format(20, "", 0), LAYOUT.format(100, "", 1), "DIMAT (pretrain_epochs=100)"),
-    (LAYOUT.format(20, "", 0), LAYOUT.format(20, "width=1,lr=0.1/", 1), "DIMAT (pretrain_options=lr=0.1)"),
+    (LAYOUT.format(20, "", 0), LAYOUT.format(20, "width=1,lr=0.1/", 1), "DIMAT (pretrain_lr=0.1)"),
     (LAYOUT.format(20, "", 0), LAYOUT.format(20, "", 1).replace("diff", "same"), "DIMAT (pretrain_init=same)"),
     (LAYOUT.format(20, "", 0), LAYOUT.format(20, "", 5), "DIMAT (pretrain_seed=5)"),
     ("/data/seed03", "/data/seed13", "DIMAT (pretrain_folder=data/seed13)"),
@@ -306,11 +318,11 @@ def test_an_iteration_counts_when_every_agent_has_one_row(add, error, damage):
 @pytest.mark.parametrize(("file", "content", "reason"), [
     ("config.yaml", "opt: [", "config.yaml can't be read"),
     ("config.yaml", "- a list", "expected 'option: value' lines"),
-    ("config.yaml", "opt: DIMAT", "there is no 'seed'"),
-    ("config.yaml", "{seed: zero, num_models: 2, merg_itr: 2}", "seed: 'zero'"),
+    ("config.yaml", "opt: DIMAT", "config.yaml has no topology"),
+    ("config.yaml", "{opt: DIMAT, topology: ring, num_models: two}", "num_models: 'two'"),
     ("metrics.csv", "", "no rows yet"),
-    ("metrics.csv", "a,b\n1,2\n", "there is no 'iteration'"),
-    ("metrics.csv", "iteration,phase,agent\none,merged,0\n", "invalid literal"),
+    ("metrics.csv", "a,b\n1,2\n", "not of a run: 1,2"),
+    ("metrics.csv", "iteration,phase,agent\none,merged,0\n", "not of a run: one,merged,0"),
     ("metrics.csv", b"\xff\xfe", "can't decode"),
 ])
 def test_unreadable_folders_are_named(add, report, error, file, content, reason):
@@ -320,7 +332,7 @@ def test_unreadable_folders_are_named(add, report, error, file, content, reason)
     add("b", [40, 60])
     table, _, err = report()
     assert table[1] == ["DIMAT", "60.00 (1)"]
-    assert err.startswith(f"note: not counted: {folder} can't be read: ") and reason in err
+    assert err.startswith(f"note: skipped {folder}: ") and reason in err
 
 
 def test_values_that_are_no_numbers_are_named(add, report):
@@ -339,7 +351,7 @@ def test_folders_of_checkpoints_are_no_runs(add, report, tmp_path):
 
 
 def test_errors_are_one_line(add, error, tmp_path):
-    assert "nowhere is not a folder" in error(path="nowhere")
+    assert "nowhere does not exist" in error(path="nowhere")
     (tmp_path / "empty").mkdir()
     assert "no runs (config.yaml beside metrics.csv) below" in error(path=tmp_path / "empty")
     add("a", [40, 50])
