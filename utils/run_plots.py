@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.options import Formatter, Parser, only_option
+from utils.options import Formatter, Parser, number, only_option
 from utils.plots import (
     Line,
     curves_panel,
@@ -279,6 +279,43 @@ def curves_figure(drawn: dict[Line, Drawn], looks: dict[str, dict[str, str]], xl
         grid[0, 0].set_ylim(limits(np.concatenate([values for c in curves for values in (c.low, c.high)])))
     legend(figure, {names[line]: handles[names[line]] for line in sorted(lines, key=lambda line: line.rank)})
     return figure
+
+
+def reached(run: Run, target: float) -> float:
+    """The first iteration after which the agents' mean accuracy is at least the target; NaN where it never is."""
+    curve = run.curve("test_accuracy")
+    there = curve.iterations[(curve.mean >= target) & (curve.iterations > 0)]
+    return float(there[0]) if len(there) else math.nan
+
+
+def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> list[Page]:
+    """With --target: iterations to an accuracy over the spectral gap of the graph, a line for each method."""
+    points: dict[tuple, list[tuple[float, ...]]] = {}
+    members: dict[tuple, list[Run]] = {}
+    gaps: dict[str, dict[str, float]] = {}
+    for line in lines:
+        dataset, model, graph, agents, data_dist = line.panel
+        counts = [reached(run, target) for run in line.runs]
+        if any(map(math.isnan, counts)):
+            note(f"not every seed of {line.label} gets to {target:g} % ({', '.join(line.panel)}): left out")
+            continue
+        gap = 1 - topology_of(line.runs[0]).second_eigenvalue
+        gaps.setdefault(agents, {})[graph] = gap
+        key = ((dataset, model, "all graphs", agents, data_dist), line.method, line.label)
+        points.setdefault(key, []).append((gap, float(np.mean(counts)), min(counts), max(counts)))
+        members.setdefault(key, []).extend(line.runs)
+    drawn = {}
+    for key, found in points.items():
+        x, *figures = np.array(sorted(found)).T
+        drawn[Line(*key, tuple(members[key]))] = Drawn(x, Curve(x, *figures))
+    if not drawn:
+        return []
+    known = "; ".join(f"{agents} agents: " + ", ".join(f"{graph} {of[graph]:.2f}" for graph in sorted(of, key=of.get))
+                      for agents, of in gaps.items())
+    caption = (f"{setting(list(drawn))}First iteration after which the agents' mean accuracy is at least {target:g} %: "
+               "mean of the seeds, band from the lowest to the highest. The gap is 1 less the factor by which a step "
+               f"of averaging alone brings agents together. {known}.")
+    return [lambda: curves_figure(drawn, look(lines), "spectral gap", f"iterations to {target:g} %", caption)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -631,7 +668,8 @@ def formats(text: str) -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    what = "\n".join(f"  {name:<23}{picture.__doc__.splitlines()[0]}" for name, picture in PICTURES.items())
+    pictures = [*PICTURES.values(), iterations_to_target]
+    what = "\n".join(f"  {picture.__name__:<23}{picture.__doc__.splitlines()[0]}" for picture in pictures)
     p = Parser(
         prog="python -m utils.plots", formatter_class=Formatter, allow_abbrev=False,
         description="Draw the runs below some folders: every folder with a config.yaml beside a metrics.csv.\n\n"
@@ -642,20 +680,25 @@ def make_parser() -> argparse.ArgumentParser:
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="run folders, or folders above them")
     only_option(p, "draw only runs")
     p.add_argument("--out", default="figures", metavar="DIR", help="where the pictures go")
+    p.add_argument("--target", type=number(float, 0, 100), default=None, metavar="A",
+                   help="draw how many iterations it takes to this accuracy (percent), by graph")
     p.add_argument("--format", type=formats, default="png,pdf", metavar="LIST", help=f"of {', '.join(FORMATS)}")
     p.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     return p
 
 
-def draw(runs: Sequence[Run], out: Path, kinds: Sequence[str], overwrite: bool, note: Note) -> list[Path]:
+def draw(runs: Sequence[Run], out: Path, kinds: Sequence[str], overwrite: bool, note: Note,
+         target: float | None = None) -> list[Path]:
     """Draw all `runs` into `out` and return the files. Raises ValueError or OSError, saying why not."""
     lines, left_out = lines_of(runs)
     for text in left_out:
         note(text)
     plan: dict[str, Page] = {}
-    for name, picture in PICTURES.items():
-        for number, page in enumerate(picture(lines, note), start=1):
-            plan[name if number == 1 else f"{name}_{number}"] = page
+    by_target = {} if target is None else {
+        "iterations_to_target": functools.partial(iterations_to_target, target=target)}
+    for name, picture in (PICTURES | by_target).items():
+        for count, page in enumerate(picture(lines, note), start=1):
+            plan[name if count == 1 else f"{name}_{count}"] = page
     files = [out / f"{name}.{kind}" for name in plan for kind in kinds]
     taken = [file for file in files if file.exists()]
     if taken and not overwrite:
@@ -677,7 +720,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, skipped = find_runs(o.paths, dict(o.only))
         for text in skipped:
             say(text)
-        for file in draw(runs, Path(o.out), o.format, o.overwrite, say):
+        for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
             print(file)
         return 0
     except (ValueError, OSError) as error:

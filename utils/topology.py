@@ -62,11 +62,19 @@ class Topology:
         sums = [matrix.sum(axis=axis) for matrix in (self.pi, *self.schedule) for axis in (0, 1)]
         return np.allclose(sums, 1, rtol=0, atol=TOLERANCE)
 
-    @property
+    @functools.cached_property
     def second_eigenvalue(self) -> float:
-        """Second-largest absolute eigenvalue of pi: 0 averages in one step, 1 never agrees. 0 for a single agent."""
-        magnitudes = np.sort(np.abs(np.linalg.eigvals(self.pi)))
-        return float(magnitudes[-2]) if self.num_agents > 1 else 0.0
+        """By which factor a step of averaging brings the agents closer together: 0 at once, 1 never; of one agent 0.
+
+        The second-largest absolute eigenvalue of pi; where the matrix changes that of a round's product, or of 200
+        drawn ones, as the mean of a step.
+        """
+        steps = 200 if self.draw is not None else len(self.schedule) or 1
+        apart = np.eye(self.num_agents)
+        for step in range(steps):
+            apart = self.weights(step) @ apart
+            apart -= apart.mean(axis=0)  # what they agree on: the first eigenvector
+        return float(np.abs(np.linalg.eigvals(apart)).max() ** (1 / steps))
 
     @property
     def is_connected(self) -> bool:

@@ -378,6 +378,24 @@ def test_two_decades_make_the_gigabytes_logarithmic(make):
     assert "left of the logarithmic axis" in figure.get_supxlabel().replace("\n", " ")
 
 
+def test_iterations_to_a_target_by_the_graph(make):
+    def rising(slope):
+        return lambda iteration, agent: min(90.0, slope * iteration) + (agent > 4) if iteration else 99.0
+
+    runs = [make(topology=name, opt=opt, seed=seed, iterations=5, num_models=10, accuracy=rising(slope + 2 * seed))
+            for name, opt, slope in (("ring", "DIMAT", 20), ("fully_connected", "DIMAT", 40), ("ring", "WA", 15))
+            for seed in (0, 1)]
+    notes = []
+    (page,) = run_plots.iterations_to_target(lines_of(runs)[0], notes.append, 80.0)
+    assert notes == ["not every seed of WA gets to 80 % (digits, resnet20, ring, 10, iid): left out"]
+    figure = page()
+    (line,) = figure.axes[0].lines
+    np.testing.assert_allclose(line.get_xdata(), [1 - make_topology("ring", 10).second_eigenvalue, 1])
+    np.testing.assert_allclose(line.get_ydata(), [4, 2])  # at 80 and 88, at 80 and 84 percent
+    assert "ring 0.13, fully_connected 1.00" in figure.get_supxlabel().replace("\n", " ")
+    assert run_plots.iterations_to_target(lines_of(runs[-2:])[0], notes.append, 80.0) == []
+
+
 def test_bytes_per_epoch(make):
     assert run_plots.bytes_per_epoch(make(epochs=4)) == 500  # 2000 in an iteration of four epochs
     assert run_plots.bytes_per_epoch(make(opt="SGP", num_epochs=5, epochs=10)) == 400

@@ -50,6 +50,17 @@ def test_the_papers_eigenvalues(name):
         assert topology.second_eigenvalue == pytest.approx(expected, abs=5e-4)
 
 
+@pytest.mark.parametrize("name", ["one_peer_exponential", "random_matching"])
+def test_a_graph_that_changes_brings_agents_together_by_its_eigenvalue(name):
+    topology = make_topology(name, 10, 3)
+    x, apart = np.random.default_rng(0).normal(size=10), []
+    for step in range(49):
+        apart.append(np.linalg.norm(x - x.mean()))
+        x = topology.weights(step) @ x
+    assert (apart[48] / apart[8]) ** (1 / 40) == pytest.approx(topology.second_eigenvalue, rel=0.1)
+    assert make_topology("one_peer_exponential", 8).second_eigenvalue < 1e-3  # all agree after a round
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_every_topology_is_sound_for_every_number_of_agents(name):
     for num_agents in range(1, 26):
