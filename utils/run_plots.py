@@ -291,7 +291,7 @@ def reached(run: Run, target: float) -> float:
 def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> list[Page]:
     """With --target: iterations to an accuracy over the spectral gap of the graph, a line for each method."""
     points: dict[tuple, list[tuple[float, ...]]] = {}
-    members: dict[tuple, list[Run]] = {}
+    seeds: dict[tuple, tuple[Run, ...]] = {}
     gaps: dict[str, dict[str, float]] = {}
     for line in lines:
         dataset, model, graph, agents, data_dist = line.panel
@@ -303,11 +303,11 @@ def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> li
         gaps.setdefault(agents, {})[graph] = gap
         key = ((dataset, model, "all graphs", agents, data_dist), line.method, line.label)
         points.setdefault(key, []).append((gap, float(np.mean(counts)), min(counts), max(counts)))
-        members.setdefault(key, []).extend(line.runs)
+        seeds.setdefault(key, line.runs)
     drawn = {}
     for key, found in points.items():
         x, *figures = np.array(sorted(found)).T
-        drawn[Line(*key, tuple(members[key]))] = Drawn(x, Curve(x, *figures))
+        drawn[Line(*key, seeds[key])] = Drawn(x, Curve(x, *figures))
     if not drawn:
         return []
     known = "; ".join(f"{agents} agents: " + ", ".join(f"{graph} {of[graph]:.2f}" for graph in sorted(of, key=of.get))
