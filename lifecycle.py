@@ -14,8 +14,8 @@ from models import infer_width
 from train import LocalTrainer, fill_defaults, new_model
 from utils.checkpoint import State, check_state, describe, digest, digest_of_all, inherit, load_states
 from utils.distributed import Network, is_launched, is_restart, launch
-from utils.files import load_yaml
-from utils.results import METRICS, RunFolder, consensus_distance, contradictions, iterations_done, record_agents
+from utils.files import circumstances, load_yaml
+from utils.results import METRICS, RunFolder, committed, consensus_distance, contradictions, record_agents
 from utils.seeds import generator
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 
@@ -83,9 +83,12 @@ def is_complete(path: Path, config: dict, matter: dict, loaded: dict[int, State]
     """Whether a folder holds just this run, from the `loaded` models on, with nothing left to do."""
     if loaded:
         config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
-    old = load_yaml(path / "config.yaml")
-    there = bool(old) and (path / "metrics.csv").exists() and iterations_done(path) >= config["merg_itr"]
-    return there and not contradictions(old, config, free_options(matter))
+    old, state, metrics = load_yaml(path / "config.yaml"), committed(path), path / "metrics.csv"
+    if not (old and state and metrics.exists()) or contradictions(old, config, free_options(matter)):
+        return False
+    # Random models are the same as then if torch is.
+    return (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size
+            and bool(loaded or old.get("versions") == circumstances("")["versions"]))
 
 
 def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: dict, **how: Any) -> RunFolder | None:

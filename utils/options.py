@@ -43,16 +43,21 @@ def exchange(text: str) -> str:
 
 
 def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
-    """--only KEY=A,B ...: a list of (key, values as they were written)."""
+    """--only KEY=A,B ...: {key: values as they were written}."""
 
-    def wanted(text: str) -> tuple[str, list[str]]:
-        key, _, values = text.partition("=")
-        if not key or not values:
-            raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE or KEY=VALUE,VALUE")
-        return key.lstrip("-"), values.split(",")
+    class Wanted(argparse.Action):
+        def __call__(self, parser, options, words, option_string=None) -> None:
+            wanted = {key: [*values] for key, values in getattr(options, self.dest).items()}
+            for word in words:
+                key, _, values = word.partition("=")
+                if not key or not values:
+                    parser.error(f"argument --only: '{word}' is not KEY=VALUE or KEY=VALUE,VALUE")
+                wanted.setdefault(key.lstrip("-"), []).extend(values.split(","))
+            setattr(options, self.dest, wanted)
 
-    p.add_argument("--only", type=wanted, nargs="+", default=[], metavar="KEY=A,B",
-                   help=f"{do} that have one of these values of an option{besides}: --only opt=DIMAT,WA seed=0")
+    p.add_argument("--only", action=Wanted, nargs="+", default={}, metavar="KEY=A,B",
+                   help=f"{do} that have one of these values of each of these options{besides}: "
+                        "--only opt=DIMAT,WA seed=0")
 
 
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):

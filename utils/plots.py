@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import REFERENCE, SHORT, write_atomically
-from utils.runs import ALONE, FOLLOWERS, IGNORED, Curve, Run, of_seed
+from utils.runs import ALONE, FOLLOWERS, IGNORED, Curve, Run, of_seed, without_say
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
 STYLES = {
@@ -64,7 +64,8 @@ def options_that_matter(run: Run) -> dict[str, Any]:
     """What of a run's options can change its figures, but for seed and panel, and only where they have a say."""
     different = "different_random" if run.config.get("diffinit") else "same_random"
     init = different if run.config.get("randominit") else "trained"
-    return {key: value for key, value in run.options.items() if value is not None and key not in ELSEWHERE} | {
+    idle = ELSEWHERE | without_say(run.config)
+    return {key: value for key, value in run.options.items() if key not in idle} | {
         "epochs": run.local_epochs, "init": init}  # `epochs` of base_lines.py says only how far the run goes
 
 

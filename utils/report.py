@@ -251,7 +251,7 @@ def report(o: Namespace) -> tuple[str, list[str]]:
     for file in filter(None, (o.csv, o.latex)):
         if Path(file).exists() and not o.overwrite:
             raise ValueError(f"{file} exists: give another name, or --overwrite")
-    runs, notes = find_runs(o.paths, dict(o.only))
+    runs, notes = find_runs(o.paths, o.only)
     rows, cols = check_names("--rows", o.rows, runs), check_names("--cols", o.cols, runs)
     if not rows or set(rows) & set(cols):
         raise ValueError(f"--rows '{o.rows}' --cols '{o.cols}': rows need an option, and one that is no column's too")

@@ -58,10 +58,10 @@ def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], free: Coll
     return [key for key in config if key not in FREE and key not in free and key in old and old[key] != config[key]]
 
 
-def iterations_done(path: Path) -> int:
-    """How many iterations the run in this folder has finished."""
+def committed(path: Path) -> dict[str, Any]:
+    """What the run in this folder has finished, its tensors still on the disk; {} if nothing."""
     file = path / "state.pt"
-    return load_tensors(file, mmap=True)["iteration"] if file.exists() else 0
+    return load_tensors(file, mmap=True) if file.exists() else {}
 
 
 class RunFolder:
@@ -117,7 +117,7 @@ class RunFolder:
     def _last_finished(self, start: int) -> int:
         """What state.pt says; where that can't be read, `start`, if its state was kept."""
         try:
-            return iterations_done(self.path)
+            return committed(self.path).get("iteration", 0)
         except ValueError:
             if start and self._kept_file(start).exists():
                 return start

@@ -39,6 +39,7 @@ Page = Callable[[], Any]  # draws a matplotlib figure
 Note = Callable[[str], None]
 HATCHES = ("", "///", "\\\\\\", "xxx", "...", "++", "--", "oo")
 COLOURS = "cividis"  # the same to colour-blind readers, and its lightness rises evenly: grey print keeps the order
+NEEDED = ("test_accuracy", "consensus_distance", "bytes_sent")  # columns of metrics.csv
 GIGABYTE = 1e9
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
@@ -290,30 +291,41 @@ def reached(run: Run, target: float) -> float:
 
 def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> list[Page]:
     """With --target: iterations to an accuracy over the spectral gap of the graph, a line for each method."""
-    points: dict[tuple, list[tuple[float, ...]]] = {}
-    seeds: dict[tuple, tuple[Run, ...]] = {}
-    gaps: dict[str, dict[str, float]] = {}
+    points: dict[Line, list[tuple[float, ...]]] = {}
+    gaps: dict[tuple[str, str], dict[int, float]] = {}  # (agents, graph) -> seed -> gap
+    heads: dict[tuple, Line] = {}
     for line in lines:
         dataset, model, graph, agents, data_dist = line.panel
         counts = [reached(run, target) for run in line.runs]
         if any(map(math.isnan, counts)):
             note(f"not every seed of {line.label} gets to {target:g} % ({', '.join(line.panel)}): left out")
             continue
-        gap = 1 - topology_of(line.runs[0]).second_eigenvalue
-        gaps.setdefault(agents, {})[graph] = gap
-        key = ((dataset, model, "all graphs", agents, data_dist), line.method, line.label)
-        points.setdefault(key, []).append((gap, float(np.mean(counts)), min(counts), max(counts)))
-        seeds.setdefault(key, line.runs)
+        try:
+            own = {run.seed: 1 - topology_of(run).second_eigenvalue for run in line.runs if line.method != ALONE}
+        except (ValueError, OSError) as error:
+            note(str(error))
+            continue
+        gaps.setdefault((agents, graph), {}).update(own)
+        head = heads.setdefault((dataset, model, agents, data_dist, line.label), Line(
+            (dataset, model, "all graphs", agents, data_dist), line.method, line.label, line.runs))
+        gap = float(np.mean(list(own.values()))) if own else math.nan
+        points.setdefault(head, []).append((gap, float(np.mean(counts)), min(counts), max(counts), len(counts)))
     drawn = {}
-    for key, found in points.items():
-        x, *figures = np.array(sorted(found)).T
-        drawn[Line(*key, seeds[key])] = Drawn(x, Curve(x, *figures))
+    for line, found in points.items():
+        x, *figures, _ = np.array(sorted(found)).T
+        drawn[line] = Drawn(None if line.method == ALONE else x, Curve(x, *figures))
     if not drawn:
         return []
+    means: dict[str, dict[str, float]] = {}
+    for (agents, graph), of in gaps.items():
+        if of:
+            means.setdefault(agents, {})[graph] = float(np.mean(list(of.values())))
     known = "; ".join(f"{agents} agents: " + ", ".join(f"{graph} {of[graph]:.2f}" for graph in sorted(of, key=of.get))
-                      for agents, of in gaps.items())
+                      for agents, of in means.items())
+    seeds = sorted({int(point[-1]) for found in points.values() for point in found})
+    several = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
     caption = (f"{setting(list(drawn))}First iteration after which the agents' mean accuracy is at least {target:g} %: "
-               "mean of the seeds, band from the lowest to the highest. The gap is 1 less the factor by which a step "
+               f"mean of {several}, band from the lowest to the highest. The gap is 1 less the factor by which a step "
                f"of averaging alone brings agents together. {known}.")
     return [lambda: curves_figure(drawn, look(lines), "spectral gap", f"iterations to {target:g} %", caption)]
 
@@ -717,9 +729,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     o = make_parser().parse_args(argv)
     try:
-        runs, skipped = find_runs(o.paths, dict(o.only))
-        for text in skipped:
+        runs, skipped = find_runs(o.paths, o.only)
+        lacking = {run: column for run in runs for column in NEEDED if column not in run.rows[0]}
+        for text in [*skipped, *(f"skipped {run.path}: no column {column}" for run, column in lacking.items())]:
             say(text)
+        if len(lacking) == len(runs):
+            raise ValueError(f"nothing to draw: no run has all of {', '.join(NEEDED)}")
+        runs = [run for run in runs if run not in lacking]
         for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
             print(file)
         return 0

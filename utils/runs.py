@@ -185,7 +185,7 @@ def pretraining(ckp: Path) -> dict[str, Hashable]:
     """What the path of the checkpoints says of how they were made and a run's own options don't."""
     found = CHECKPOINT.search(ckp.as_posix())
     if not found:
-        return {"pretrain_folder": "/".join(ckp.parts[-2:])}
+        return {"pretrain_folder": ckp.as_posix()}
     init, epochs, unusual, seed = found.groups()
     was = dict(setting.partition("=")[::2] for setting in (unusual or "").split(",") if setting)
     own = {"batch_size", *LOCAL_TRAINING[1:], *was} - {SHORT.get(key, key) for key in INHERITED}
@@ -199,7 +199,8 @@ def _hashable(option: Any) -> Hashable:
 
 def of_seed(value: Hashable, seed: int) -> str:
     """An option of FOLLOWERS with SEED for the run's own: the same for all runs in which it goes with the seed."""
-    return re.sub(rf"(?<!\d){seed}(?!\d)", "SEED", str(value))
+    own = rf"(?<!\d){seed}(?!\d)"
+    return re.sub(rf"{own}(?!.*{own})", "SEED", str(value))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,12 +265,22 @@ def find_runs(paths: Iterable[str | os.PathLike],
     if not runs:
         raise ValueError(f"no runs (config.yaml beside metrics.csv) below {', '.join(map(str, paths))}"
                          + (f"; {notes[0]}" if notes else ""))
-    for key, texts in (only or {}).items():
-        there = sorted({str(run.options.get(key)) for run in runs})
+    return only_those(runs, only or {}), notes
+
+
+def only_those(runs: list[Run], wanted: Mapping[str, Sequence[str]]) -> list[Run]:
+    """The runs with one of the `wanted` values of each option. Raises ValueError for one that no run has."""
+    for name, texts in wanted.items():
+        key = {"random_seed": "seed", "data": "dataset"}.get(name, name)
+        there = {run.options.get(key) for run in runs}
+        if there == {None}:
+            raise ValueError(f"--only {name}: no run has such an option")
+        for text in texts:
+            if not any(_is(value, text) for value in there):
+                known = ",".join(sorted(map(str, there)))
+                raise ValueError(f"--only {name}={text}: no run has that; there are {key}={known}")
         runs = [run for run in runs if any(_is(run.options.get(key), text) for text in texts)]
-        if not runs:
-            raise ValueError(f"--only {key}={','.join(texts)}: no run has that; there are {key}={', '.join(there)}")
-    return runs, notes
+    return runs
 
 
 def _is(value: Hashable, text: str) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from utils.checkpoint import checkpoint_folder
+from utils.checkpoint import INHERITED, checkpoint_folder
 from utils.files import load_yaml
 from utils.options import Formatter, Parser, boolean, number, only_option, parse
 from utils.progress import say
@@ -112,10 +112,17 @@ class Planner:
         fill_defaults(o)
         return vars(o)
 
-    def run(self, script: str, options: Mapping[str, Any], title: str, after: Job | None, launched: bool) -> Job:
-        """A run of main.py or base_lines.py; with `launched` a process for each agent."""
+    def run(self, script: str, options: Mapping[str, Any], title: str, after: Job | None, launched: bool,
+            trained: Mapping[str, Any] | None = None) -> Job:
+        """A run of main.py or base_lines.py; with `launched` a process for each agent.
+
+        trained: the options of the pre-training that it inherits from.
+        """
         given = [*arguments(options), *self.extra, "--resume"]
         o = self._parse(script, given)
+        for key in INHERITED if trained else ():
+            if getattr(o, key) is None:
+                setattr(o, key, trained[key])
         start = ["-u", "-m", script]
         if launched:
             start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.num_models}",
@@ -136,7 +143,7 @@ class Planner:
         try:
             name = self.parsers[job.script]._option_string_actions[f"--{key}"].dest
             return getattr(job.options, name) == getattr(self._parse(job.script, [f"--{key}={text}"]), name)
-        except (KeyError, ValueError):  # its script knows no such option, or value
+        except (KeyError, AttributeError, ValueError):  # its script knows no such option, or value
             return False
 
     def known(self, script: str, extra: Sequence[str]) -> list[str]:
@@ -206,7 +213,7 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
                 shared = _for(script, shared, planner) | {k: options[k] for k in one}
                 shared |= {"ckp": checkpoint_folder(trained)} if trained else {}
                 title = ",".join(f"{k}={options[k]}" for k in names if k in options) or script
-                planner.run(script, shared, title, job, launched)
+                planner.run(script, shared, title, job, launched, trained)
     return list(planner.jobs.values())
 
 
@@ -249,6 +256,10 @@ def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Plan
         return all(any(planner.says(job, key, text) for text in texts) for key, texts in wanted.items())
 
     first = {other for job in jobs for other in job.after}
+    for key, texts in wanted.items():
+        for text in texts:
+            if not any(planner.says(job, key, text) for job in jobs):
+                raise ValueError(f"--only {key}={text}: no job has that (--dry_run lists what they have)")
     those = [job for job in jobs if job not in first and fits(job)]
     return [job for job in jobs if job in those or any(job in other.after for other in those)]
 
@@ -495,12 +506,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not Path(o.file).is_file():
                 raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
             planner = Planner(scripts_parsers())
-            jobs = only(plan_file(load_yaml(Path(o.file)), planner), dict(o.only), planner)
-            if o.only and not jobs:
-                said = " and ".join(f"{key}={' or '.join(texts)}" for key, texts in o.only)
-                raise ValueError(f"--only: no job of {o.file} has {said} (--dry_run lists them)")
+            jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only, planner)
         if not jobs:
-            raise ValueError("nothing to run: the grid is empty")
+            raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
+                                                   else "the grid is empty"))
         return carry_out(jobs, o)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -66,15 +66,14 @@ class Topology:
     def second_eigenvalue(self) -> float:
         """By which factor a step of averaging brings the agents closer together: 0 at once, 1 never; of one agent 0.
 
-        The second-largest absolute eigenvalue of pi; where the matrix changes that of a round's product, or of 200
-        drawn ones, as the mean of a step.
+        The second-largest absolute eigenvalue of pi; where matrices take turns that of a round's product, as the mean
+        of a step; where they are drawn the root mean square of a step, from 200 of them.
         """
-        steps = 200 if self.draw is not None else len(self.schedule) or 1
-        apart = np.eye(self.num_agents)
-        for step in range(steps):
-            apart = self.weights(step) @ apart
-            apart -= apart.mean(axis=0)  # what they agree on: the first eigenvector
-        return float(np.abs(np.linalg.eigvals(apart)).max() ** (1 / steps))
+        if self.draw is not None:
+            drawn = [self.draw(step) for step in range(200)]
+            return _second(np.mean([pi.T @ pi for pi in drawn], axis=0)) ** 0.5
+        product = functools.reduce(lambda earlier, pi: pi @ earlier, self.schedule or (self.pi,))
+        return _second(product) ** (1 / max(1, len(self.schedule)))
 
     @property
     def is_connected(self) -> bool:
@@ -92,6 +91,11 @@ class Topology:
             }
             | ({"directed": True} if self.directed else {})
         )
+
+
+def _second(matrix: np.ndarray) -> float:
+    """The largest absolute eigenvalue but for that of what all agree on."""
+    return float(np.abs(np.linalg.eigvals(matrix - matrix.mean(axis=0))).max())
 
 
 def metropolis_hastings(connectivity: np.ndarray) -> np.ndarray:

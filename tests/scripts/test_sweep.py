@@ -1,6 +1,7 @@
 """Sweeps: the right commands, as many at a time as allowed, and nothing lost when something fails or is stopped."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -164,7 +165,14 @@ def test_a_part_of_a_sweep(tmp_path, capsys):
     command = [str(tmp_path / "sweep.yaml"), "--dry_run", "--only"]
     assert sweep.main([*command, "opt=WA", "seed=0"]) == 0
     assert "# 4 commands" in capsys.readouterr().out
-    assert sweep.main([*command, "opt=WO"]) == 2 and "no job of" in capsys.readouterr().err
+    assert sweep.main([*command, "opt=WA", "--only", "seed=0", "width_multiplier=1"]) == 0
+    assert "# 4 commands" in capsys.readouterr().out
+    for wrong in ("opt=WO,WA", "opt=WO", "help=1", "colour=red"):
+        assert sweep.main([*command, wrong]) == 2 and "no job has that" in capsys.readouterr().err
+    assert sweep.main([*command, "opt=WA", "cga_form=paper"]) == 2 and "no job has" in capsys.readouterr().err
+    content = SWEEP | {"all": SWEEP["all"] | {"width_multiplier": None}}
+    jobs = plan_file(content, planner := Planner(scripts_parsers()))
+    assert len(sweep.only(jobs, {"width_multiplier": ["8"]}, planner)) == len(jobs)  # the pre-training's
     with pytest.raises(SystemExit):
         sweep.main([*command, "opt"])
     assert "'opt' is not KEY=VALUE" in capsys.readouterr().err
@@ -281,9 +289,16 @@ def test_a_sweep_runs_and_is_finished_the_second_time(tmp_path, monkeypatch, cap
     assert started() == [] and capsys.readouterr().out.count("finished before") == 5
     Path("sweep.yaml").write_text(yaml.safe_dump(small | {"all": small["all"] | {"resume": True}}))
     assert started() == []  # a script agrees: an option that changes no result
-    (folders[0] / "metrics.csv").rename("elsewhere")
+    metrics = folders[0] / "metrics.csv"
+    whole = metrics.read_text()
+    metrics.write_text(whole[:-50])
     assert len(started()) == 1
-    Path("elsewhere").rename(folders[0] / "metrics.csv")
+    metrics.write_text(whole)
+    random = next(folder for folder in folders if "same_random" in folder.parts) / "config.yaml"
+    config = random.read_text()
+    random.write_text(re.sub(r"torch: .*", "torch: 1.0", config))
+    assert started() == ["main"]
+    random.write_text(config)
     assert rows == [rows_of(folder) for folder in folders]
     model = next(Path("checkpoint").glob("**/model_0.pth"))
     model.rename("elsewhere")

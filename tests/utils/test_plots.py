@@ -272,8 +272,14 @@ def test_the_start_tells_lines_apart(make):
         "DIMAT, pretrain_init=diff", "DIMAT, pretrain_init=same"]
     assert [label for label, _ in labels([make(diffinit=True), make(seed=1)])] == [
         "DIMAT, init=different_random", "DIMAT, init=same_random"]
-    own = [make(seed=k, randominit=False, ckp=f"mine/{name}_seed_{k}") for k, name in enumerate("aab")]
+    own = [make(seed=k, randominit=False, ckp=f"mine/{name}_2/seed_{k}") for k, name in enumerate("aab")]
     assert [seeds for _, seeds in labels(own)] == [[0, 1], [2]]
+
+
+def test_none_is_a_value_where_an_option_has_a_say(make):
+    runs = [make(opt="COMMON", root=None), make(opt="COMMON", root=0), make(opt="COMMON", root=0, seed=1)]
+    assert labels(runs) == [("COMMON, root=0", [0, 1]), ("COMMON, root=None", [0])]
+    assert len(labels([make(), make(seed=1, exchanged_by="folder")])) == 2
 
 
 def test_unequal_data_or_epochs_are_named_across_methods_other_options_are_not(make):
@@ -394,6 +400,15 @@ def test_iterations_to_a_target_by_the_graph(make):
     np.testing.assert_allclose(line.get_ydata(), [4, 2])  # at 80 and 88, at 80 and 84 percent
     assert "ring 0.13, fully_connected 1.00" in figure.get_supxlabel().replace("\n", " ")
     assert run_plots.iterations_to_target(lines_of(runs[-2:])[0], notes.append, 80.0) == []
+    lost = make(topology="gone.json", iterations=5, num_models=10, accuracy=rising(50))
+    alone = make(topology="ring", opt="NONE", iterations=5, num_models=10, accuracy=rising(30))
+    drawn = [make(topology="random", seed=seed, iterations=5, num_models=10, accuracy=rising(20)) for seed in (0, 1)]
+    (page,) = run_plots.iterations_to_target(lines_of([lost, alone, *drawn])[0], notes.append, 80.0)
+    assert notes[-1] == "topology file gone.json does not exist"
+    random, level = page().axes[0].lines
+    assert list(level.get_ydata()) == [3, 3]
+    gaps = [1 - make_topology("random", 10, seed).second_eigenvalue for seed in (0, 1)]
+    np.testing.assert_allclose(random.get_xdata(), [np.mean(gaps)])
 
 
 def test_bytes_per_epoch(make):
@@ -640,6 +655,16 @@ def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_plots.main([str(tmp_path), "--format", "png,bmp"])
     assert stop.value.code == 2 and "'png,bmp' is not a list of png, pdf, svg" in capsys.readouterr().err
+
+
+def test_runs_without_a_column_are_noted_and_the_rest_is_drawn(tmp_path, capsys):
+    write_run(tmp_path / "good")
+    metrics = write_run(tmp_path / "old", seed=1) / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("bytes_sent", "sent"))
+    command = ["--out", str(tmp_path / "figures"), "--format", "png"]
+    assert run_plots.main([str(tmp_path), *command]) == 0
+    assert f"skipped {tmp_path / 'old'}: no column bytes_sent" in capsys.readouterr().err
+    assert run_plots.main([str(tmp_path / "old"), *command]) == 2 and "nothing to draw" in capsys.readouterr().err
 
 
 def test_unreadable_folders_are_noted_and_the_rest_is_drawn(tmp_path, capsys):

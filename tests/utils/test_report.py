@@ -138,9 +138,10 @@ def test_only_some_runs_count(add, report, error):
     add("b", [40, 60], opt="WA", lr=0.01)
     assert report("--only", "opt=DIMAT", "seed=1,2")[0][1:] == [["DIMAT", "51.50 ± 0.71 (2)"]]
     assert report("--only", "lr=1e-2")[0][1:] == [["WA", "60.00 (1)"]]  # a number, however it is written
-    assert report("--only", "training=true", "opt=WA")[0][1:] == [["WA", "60.00 (1)"]]
-    assert "--only opt=WO,WM: no run has that; there are opt=DIMAT, WA" in error("--only", "opt=WO,WM")
-    assert "--only colour=red: no run has that" in error("--only", "colour=red")
+    assert report("--only", "training=true", "opt=WA", "random_seed=0")[0][1:] == [["WA", "60.00 (1)"]]
+    assert report("--only", "opt=DIMAT", "--only", "seed=1", "seed=2")[0][1:] == [["DIMAT", "51.50 ± 0.71 (2)"]]
+    assert "--only opt=WO: no run has that; there are opt=DIMAT,WA" in error("--only", "opt=WA,WO")
+    assert "--only colour: no run has such an option" in error("--only", "colour=red")
 
 
 def test_baselines_are_read_after_training(add, report):
@@ -219,8 +220,8 @@ def test_one_checkpoint_for_all_seeds_is_one_experiment_beside_random_starts(add
     (LAYOUT.format(20, "", 0), LAYOUT.format(20, "width=1,lr=0.1/", 1), "DIMAT (pretrain_lr=0.1)"),
     (LAYOUT.format(20, "", 0), LAYOUT.format(20, "", 1).replace("diff", "same"), "DIMAT (pretrain_init=same)"),
     (LAYOUT.format(20, "", 0), LAYOUT.format(20, "", 5), "DIMAT (pretrain_seed=5)"),
-    ("/data/seed03", "/data/seed13", "DIMAT (pretrain_folder=data/seed13)"),
-    ("/data/good/seed0", "/data/bad/seed1", "DIMAT (pretrain_folder=bad/seedSEED)"),
+    ("/data/seed03", "/data/seed13", "DIMAT (pretrain_folder=/data/seed13)"),
+    ("/data/good/seed0", "/data/bad/seed1", "DIMAT (pretrain_folder=/data/bad/seedSEED)"),
 ])
 def test_other_pretraining_splits(add, report, one, other, label):
     add("a", [40, 50], randominit=False, ckp=one)
