@@ -18,6 +18,7 @@ import numpy as np
 
 from utils.files import save_text
 from utils.options import only_option, parser
+from utils.progress import piped
 from utils.runs import FOLLOWERS, IGNORED, Run, accuracy_curve, find_runs, of_seed
 
 MISSING = "\N{EN DASH}"
@@ -288,6 +289,7 @@ def report(o: Namespace) -> tuple[str, list[str]]:
     return "\n".join([title, *same, "", markdown(table), *([""] if remarks else []), *remarks]), notes
 
 
+@piped
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         table, notes = report(make_parser().parse_args(argv))

@@ -31,6 +31,7 @@ from utils.plots import (
     save_figure,
     styles,
 )
+from utils.progress import piped
 from utils.results import PHASES
 from utils.runs import ALONE, Curve, Run, find_runs
 from utils.topology import Topology, make_topology, short_name
@@ -723,6 +724,7 @@ def draw(runs: Sequence[Run], out: Path, kinds: Sequence[str], overwrite: bool, 
     return files
 
 
+@piped
 def main(argv: Sequence[str] | None = None) -> int:
     def say(note: str) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
@@ -739,6 +741,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
             print(file)
         return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("DIMAT_DEBUG"):
             raise

@@ -31,7 +31,7 @@ import yaml
 from utils.checkpoint import INHERITED, checkpoint_folder
 from utils.files import load_yaml
 from utils.options import Formatter, Parser, boolean, number, only_option, parse
-from utils.progress import say
+from utils.progress import piped, say
 from utils.siblings import end_by
 
 SCRIPTS = ("train", "main", "base_lines")
@@ -491,6 +491,7 @@ def flags_parser(script: str) -> ArgumentParser:
     return p
 
 
+@piped
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -511,6 +512,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
                                                    else "the grid is empty"))
         return carry_out(jobs, o)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

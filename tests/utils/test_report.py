@@ -369,6 +369,15 @@ def test_errors_are_one_line(add, error, tmp_path):
     assert "no train_accuracy in the phases merged" in error("--column=train_accuracy")
 
 
+def test_a_reader_may_leave_early(add, tmp_path):
+    add("a", [40, 50], opt="long " * 50_000)  # more than a pipe holds
+    command = [sys.executable, "-m", "utils.report", str(tmp_path / "results")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_csv_has_a_line_for_each_cell(add, report, tmp_path):
     for seed in (1, 0, 2):
         add(f"a{9 - seed}", [40, 50.5 + seed], seed=seed)
