@@ -175,9 +175,8 @@ def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, di
     """Where this run is written, what its config.yaml says, and which of it matters."""
     config = {k: v for k, v in vars(o).items() if k != "optim"}
     matter = {**config, **start_that_matters(o, made_with), "epochs": None}  # a run may be made longer
-    if read := matrices(o.topology, topology):
-        config["pi"] = read
-    return run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE), config, matter
+    path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
+    return path, config | matrices(o.topology, topology), matter
 
 
 def is_finished(o: Namespace) -> bool:

@@ -22,10 +22,9 @@ from utils import training
 from utils.distributed import Network, taken
 from utils.faults import Faults, surviving, without
 from utils.progress import progress
+from utils.runs import ALONE
 from utils.seeds import generator
 from utils.topology import Topology
-
-ALONE = "NONE"  # the reference line: agents train and never merge
 
 
 @dataclass

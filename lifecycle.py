@@ -101,11 +101,11 @@ def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: d
                      overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard, **how)
 
 
-def matrices(name: str, topology: Topology) -> list | None:
-    """The mixing matrices of a topology that was read from files, as these may change."""
+def matrices(name: str, topology: Topology) -> dict[str, list]:
+    """For config.yaml, the mixing matrices of a topology that was read from files, as these may change."""
     if name in TOPOLOGIES | DIRECTED:
-        return None
-    return [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()
+        return {}
+    return {"pi": [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()}
 
 
 def record(folder: RunFolder | None, network: Network, trainer: LocalTrainer, test_parts: list[np.ndarray],

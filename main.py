@@ -16,7 +16,7 @@ import torch
 
 from data.datasets import DATASETS
 from data.partition import PARTITIONS
-from fleet import ALONE, Fleet
+from fleet import Fleet
 from lifecycle import (
     initial_states,
     is_complete,
@@ -41,6 +41,7 @@ from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse_once, pick_device
 from utils.progress import progress
 from utils.results import RunFolder, run_folder
+from utils.runs import ALONE, LOCAL_TRAINING
 from utils.scripts import run_script
 from utils.siblings import end, follow_parent, is_sibling, start, threads_each, wait_for_all, with_workers
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
@@ -110,7 +111,7 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
     aligns = merges and METHODS[o.opt].aligned
     matches = aligns or (merges and METHODS[o.opt].reads_images)
     reads = matches or o.bn_reset != "none"
-    trains = {} if o.training else dict.fromkeys(("epochs", "optim", "lr", "momentum", "weight_decay", "amp"))
+    trains = {} if o.training else dict.fromkeys(LOCAL_TRAINING)
     return vars(o) | trains | {
         "match_data": o.match_data if merges and reads else None,
         "match_samples": o.match_samples if reads else None,
@@ -126,9 +127,7 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
 def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
     """Where this run is written, what its config.yaml says, and which of it matters."""
     matter = options_that_matter(o, made_with)
-    config = vars(o) | {"exchanged_by": matter["exchanged_by"]}
-    if read := matrices(o.topology, topology):
-        config["pi"] = read
+    config = vars(o) | {"exchanged_by": matter["exchanged_by"]} | matrices(o.topology, topology)
     return run_folder(vars(o), matter), config, matter
 
 
@@ -266,7 +265,7 @@ def settle_processes(o: Namespace) -> None:
 
 def name_for_others(o: Namespace, path: Path, topology: Topology) -> str:
     """What agents must agree on to be of one run: all that changes its results."""
-    return repr((path.parts[len(Path(o.results_dir).parts):], matrices(o.topology, topology)))
+    return repr((path.parts[len(Path(o.results_dir).parts):], matrices(o.topology, topology).get("pi")))
 
 
 def run_agents(o: Namespace, argv: Sequence[str]) -> Path:

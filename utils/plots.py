@@ -64,7 +64,7 @@ def options_that_matter(run: Run) -> dict[str, Any]:
     """What of a run's options can change its figures, but for seed and panel, and only where they have a say."""
     different = "different_random" if run.config.get("diffinit") else "same_random"
     init = different if run.config.get("randominit") else "trained"
-    idle = ELSEWHERE | without_say(run.config)
+    idle = ELSEWHERE | without_say(run.options)
     return {key: value for key, value in run.options.items() if key not in idle} | {
         "epochs": run.local_epochs, "init": init}  # `epochs` of base_lines.py says only how far the run goes
 

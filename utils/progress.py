@@ -16,20 +16,33 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def piped(main: Callable[..., int]) -> Callable[..., int]:
-    """A command whose reader may leave before the end, as `head` does: then it ends as well, and says nothing."""
+def fall_silent() -> None:
+    """Once the reader of the output has gone: or the interpreter would complain about the closed pipe as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """A command's main(argv), whose errors are one line on stderr and status 2 where a user can mend them.
+
+    With DIMAT_DEBUG set they are a traceback. A reader of its output that leaves, as `head` does, ends it in silence.
+    """
 
     @functools.wraps(main)
-    def until_closed(argv: Sequence[str] | None = None) -> int:
+    def guarded(argv: Sequence[str] | None = None) -> int:
         try:
             code = main(argv)
             sys.stdout.flush()
             return code
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+            fall_silent()
             return 141  # as a shell says of a process that SIGPIPE ended
+        except (ValueError, OSError) as error:
+            if os.environ.get("DIMAT_DEBUG"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
-    return until_closed
+    return guarded
 
 
 def progress(iterable: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterable:

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.files import save_text
 from utils.options import only_option, parser
-from utils.progress import piped
+from utils.progress import command
 from utils.runs import FOLLOWERS, IGNORED, Run, accuracy_curve, find_runs, of_seed
 
 MISSING = "\N{EN DASH}"
@@ -289,13 +289,9 @@ def report(o: Namespace) -> tuple[str, list[str]]:
     return "\n".join([title, *same, "", markdown(table), *([""] if remarks else []), *remarks]), notes
 
 
-@piped
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        table, notes = report(make_parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    table, notes = report(make_parser().parse_args(argv))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(table)

@@ -11,7 +11,6 @@ import argparse
 import csv
 import functools
 import math
-import os
 import re
 import sys
 import textwrap
@@ -31,7 +30,7 @@ from utils.plots import (
     save_figure,
     styles,
 )
-from utils.progress import piped
+from utils.progress import command
 from utils.results import PHASES
 from utils.runs import ALONE, Curve, Run, find_runs
 from utils.topology import Topology, make_topology, short_name
@@ -724,27 +723,19 @@ def draw(runs: Sequence[Run], out: Path, kinds: Sequence[str], overwrite: bool, 
     return files
 
 
-@piped
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     def say(note: str) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
     o = make_parser().parse_args(argv)
-    try:
-        runs, skipped = find_runs(o.paths, o.only)
-        lacking = {run: column for run in runs for column in NEEDED if column not in run.rows[0]}
-        for text in [*skipped, *(f"skipped {run.path}: no column {column}" for run, column in lacking.items())]:
-            say(text)
-        if len(lacking) == len(runs):
-            raise ValueError(f"nothing to draw: no run has all of {', '.join(NEEDED)}")
-        runs = [run for run in runs if run not in lacking]
-        for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
-            print(file)
-        return 0
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        if os.environ.get("DIMAT_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs, skipped = find_runs(o.paths, o.only)
+    lacking = {run: column for run in runs for column in NEEDED if column not in run.rows[0]}
+    for text in [*skipped, *(f"skipped {run.path}: no column {column}" for run, column in lacking.items())]:
+        say(text)
+    if len(lacking) == len(runs):
+        raise ValueError(f"nothing to draw: no run has all of {', '.join(NEEDED)}")
+    runs = [run for run in runs if run not in lacking]
+    for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
+        print(file)
+    return 0

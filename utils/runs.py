@@ -20,7 +20,7 @@ from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml
 from utils.results import FREE, PHASES, is_part
 from utils.topology import short_name
 
-ALONE = "NONE"
+ALONE = "NONE"  # the reference line: agents train and never merge
 PLAIN = ("WA", "WM", ALONE)  # read no images to find what fits what
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.distributed import NeighbourLost, Refused
+from utils.progress import fall_silent
 from utils.training import Diverged
 
 
@@ -28,8 +29,8 @@ def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str, ran
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         if rank == 0:
             print(f"\nstopped; {how_to_continue} to continue", file=sys.stderr)
-        if isinstance(stop, BrokenPipeError):  # or the interpreter would complain about the closed pipe as it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(stop, BrokenPipeError):
+            fall_silent()
         return 130
     except (ValueError, OSError, Diverged, NeighbourLost) as error:
         if os.environ.get("DIMAT_DEBUG") and not isinstance(error, Refused):

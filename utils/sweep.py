@@ -26,12 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils.checkpoint import INHERITED, checkpoint_folder
 from utils.files import load_yaml
 from utils.options import Formatter, Parser, boolean, number, only_option, parse
-from utils.progress import piped, say
+from utils.progress import command, say
 from utils.siblings import end_by
 
 SCRIPTS = ("train", "main", "base_lines")
@@ -138,13 +136,13 @@ class Planner:
     def flags(self, script: str) -> set[str]:
         return {flag for action in self.parsers[script]._actions for flag in action.option_strings}
 
-    def says(self, job: Job, key: str, text: str) -> bool:
-        """Whether a job has what --key=text would give it."""
+    def means(self, script: str, key: str, text: str) -> tuple[str, Any] | None:
+        """The option that --key=text sets in a script, and its value; None where the script knows no such."""
         try:
-            name = self.parsers[job.script]._option_string_actions[f"--{key}"].dest
-            return getattr(job.options, name) == getattr(self._parse(job.script, [f"--{key}={text}"]), name)
-        except (KeyError, AttributeError, ValueError):  # its script knows no such option, or value
-            return False
+            name = self.parsers[script]._option_string_actions[f"--{key}"].dest
+            return name, getattr(self._parse(script, [f"--{key}={text}"]), name)
+        except (KeyError, AttributeError, ValueError):
+            return None
 
     def known(self, script: str, extra: Sequence[str]) -> list[str]:
         """Those of the extra arguments that this script has."""
@@ -250,17 +248,18 @@ def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str,
 
 
 def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Planner) -> list[Job]:
-    """The jobs whose options have one of the `wanted` values, and what these wait for."""
-
-    def fits(job: Job) -> bool:
-        return all(any(planner.says(job, key, text) for text in texts) for key, texts in wanted.items())
-
-    first = {other for job in jobs for other in job.after}
+    """The jobs with one of the `wanted` values of each option, and what these wait for."""
+    those = set(jobs)
     for key, texts in wanted.items():
+        having: set[Job] = set()
         for text in texts:
-            if not any(planner.says(job, key, text) for job in jobs):
+            said = {script: planner.means(script, key, text) for script in {job.script for job in jobs}}
+            found = {job for job in jobs if said[job.script] and said[job.script] in vars(job.options).items()}
+            if not found:
                 raise ValueError(f"--only {key}={text}: no job has that (--dry_run lists what they have)")
-    those = [job for job in jobs if job not in first and fits(job)]
+            having |= found
+        those &= having
+    those -= {other for job in jobs for other in job.after}
     return [job for job in jobs if job in those or any(job in other.after for other in those)]
 
 
@@ -491,32 +490,26 @@ def flags_parser(script: str) -> ArgumentParser:
     return p
 
 
-@piped
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if argv and argv[0] in SCRIPTS:
-            script, *argv = argv
-            cut = argv.index("--") if "--" in argv else len(argv)
-            o = flags_parser(script).parse_args(argv[:cut])
-            o.how_to_run = "--run_python true"
-            jobs = plan_flags(script, o, Planner(scripts_parsers(), argv[cut + 1:]))
-        else:
-            o = file_parser().parse_args(argv)
-            o.run_python, o.how_to_run = not o.dry_run, "leaving out --dry_run"
-            if not Path(o.file).is_file():
-                raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
-            planner = Planner(scripts_parsers())
-            jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only, planner)
-        if not jobs:
-            raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
-                                                   else "the grid is empty"))
-        return carry_out(jobs, o)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if argv and argv[0] in SCRIPTS:
+        script, *argv = argv
+        cut = argv.index("--") if "--" in argv else len(argv)
+        o = flags_parser(script).parse_args(argv[:cut])
+        o.how_to_run = "--run_python true"
+        jobs = plan_flags(script, o, Planner(scripts_parsers(), argv[cut + 1:]))
+    else:
+        o = file_parser().parse_args(argv)
+        o.run_python, o.how_to_run = not o.dry_run, "leaving out --dry_run"
+        if not Path(o.file).is_file():
+            raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
+        planner = Planner(scripts_parsers())
+        jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only, planner)
+    if not jobs:
+        raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
+                                               else "the grid is empty"))
+    return carry_out(jobs, o)
 
 
 if __name__ == "__main__":

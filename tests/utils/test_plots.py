@@ -245,6 +245,9 @@ def test_options_without_a_say_make_no_difference(make):
 def test_an_option_that_an_old_folder_lacks_has_its_reference_value(make):
     assert labels([make(seed=0), make(seed=1, match_at="last"), make(seed=2, match_at="all")]) == [
         ("DIMAT, match_at=last", [0, 1]), ("DIMAT, match_at=all", [2])]
+    old = make(opt="WA")
+    del old.config["bn_reset"]
+    assert labels([old]) == [("WA", [0])]
 
 
 def test_seeds_of_the_data_follow_the_run_or_stand_still(make):
