@@ -248,7 +248,8 @@ class ManyProcesses(Network):
     def _lost(self, what: str, error: Exception, waited: float) -> NeighbourLost:
         reason = _first_line(error)
         if waited >= self.timeout.total_seconds() - 0.1:
-            reason = f"nothing within --timeout {self.timeout.total_seconds():g} s, so it has stalled or is very slow"
+            reason = (f"nothing within --timeout {self.timeout.total_seconds():g} s, so it has stalled, is very slow "
+                      "or waits itself for an agent that has")
         who = f"agent{'s' * (len(self.agents) > 1)} {self._living_at(self.rank)}"
         return NeighbourLost(f"{who} waited {waited:.1f} s for {what}: {reason}")
 
