@@ -153,9 +153,9 @@ def test_sgp_shrinks_disagreement_by_the_second_eigenvalue_in_the_long_run(probl
 def test_cdsgd_with_a_common_hessian_ends_in_its_neighbourhood(problem):
     """The mean finds the optimum; the agents stay apart, at the fixed point of the update."""
     starts, hessians, centres = problem
-    hessian, ring, lr = hessians[0], make_topology("ring", N), 0.02
+    hessian, ring, lr = hessians[0], make_topology("ring", N), 0.08
     agents = points(starts, hessian.expand(N, D, D), centres)
-    found = run("CDSGD", agents, ring, 4000, lr=lr)[-1]
+    found = run("CDSGD", agents, ring, 1000, lr=lr)[-1]
     system = np.kron(np.eye(N) - ring.pi, np.eye(D)) + lr * np.kron(np.eye(N), hessian.numpy())
     fixed = np.linalg.solve(system, lr * np.kron(np.eye(N), hessian.numpy()) @ centres.numpy().ravel())
     np.testing.assert_allclose(found, fixed.reshape(N, D), atol=1e-9)
