@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models import convnext
 
 from merging.activation_matching import match_activations
 from merging.permutation import (
@@ -35,11 +36,17 @@ def torchvision_model(name):
     """On the meta device first: the usual initialisation takes longer than all the tests. VGG's hidden layers of 4096
     units are narrowed, for the same reason."""
     options = {"init_weights": False} if name in ("vgg16", "vgg16_bn", "googlenet", "inception_v3") else {}
-    if name.startswith(("swin", "regnet", "mnasnet")):
+    if name == "swin_t":  # half its width, a pair of blocks (one of them shifted) in each stage
+        return torchvision.models.SwinTransformer([4, 4], 48, [2, 2, 2, 2], [3, 6, 12, 24], [7, 7], num_classes=10)
+    if name.startswith(("regnet", "mnasnet")):
         return torchvision.models.get_model(name, num_classes=10)  # computes with its tensors
     with torch.device("meta"):
-        if name == "vit_b_16":  # three of its twelve layers, for small images
-            return torchvision.models.VisionTransformer(32, 16, 3, 12, 768, 3072, num_classes=10).to_empty(device="cpu")
+        if name == "vit_b_16":  # two of its twelve layers with a third of their hidden units, for small images
+            return torchvision.models.VisionTransformer(32, 16, 2, 12, 768, 1024, num_classes=10).to_empty(device="cpu")
+        if name == "convnext_tiny":  # 1, 1, 2, 1 of its 3, 3, 9, 3 blocks
+            stages = zip((96, 192, 384, 768), (192, 384, 768, None), (1, 1, 2, 1), strict=True)
+            return torchvision.models.ConvNeXt([convnext.CNBlockConfig(*stage) for stage in stages],
+                                               num_classes=10).to_empty(device="cpu")
         if name in ("wide_resnet50_2", "resnext50_32x4d"):  # a block of each of their stages
             groups, width = (1, 128) if "wide" in name else (32, 4)
             block = torchvision.models.resnet.Bottleneck
@@ -68,13 +75,13 @@ ZOO = {
     "mobilenet_v3_small": None,
     "efficientnet_b0": None,
     "regnet_y_400mf": None,
-    "convnext_tiny": 96 + 192 + 384 + 768 + 4 * (3 * 96 + 3 * 192 + 9 * 384 + 3 * 768),
+    "convnext_tiny": 96 + 192 + 384 + 768 + 4 * (96 + 192 + 2 * 384 + 768),
     "squeezenet1_0": None,
     "shufflenet_v2_x0_5": None,
     "mnasnet0_5": None,
     "googlenet": None,
     "inception_v3": None,
-    "vit_b_16": 768 + 3 * (2 * 768 + 3072),
+    "vit_b_16": 768 + 2 * (2 * 768 + 1024),
     "swin_t": None,
 }
 SLOW = {"resnet50", "wide_resnet50_2", "resnext50_32x4d", "inception_v3", "vit_b_16", "convnext_tiny", "densenet121"}
