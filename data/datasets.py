@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 
+from utils.files import lock
 from utils.progress import progress
 from utils.seeds import generator
 
@@ -194,8 +194,8 @@ def cached(cache: Path, name: str, files: Callable[[], list[Path]], decode: Call
     with contextlib.ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(cache / f"{name}.lock"))
-        except (OSError, NotImplementedError) as error:
+            stack.enter_context(lock(cache / f"{name}.lock"))
+        except OSError as error:
             warnings.warn(f"{name}: decoded in memory, since {cache} cannot be written ({error})", stacklevel=2)
             return decode()
         found = None
@@ -477,7 +477,7 @@ def _fetch_tiny(root: Path, download: bool) -> None:
 
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(root.parent / f".{root.name}.lock"), _impatient():
+            with lock(root.parent / f".{root.name}.lock"), _impatient():
                 if root.exists():  # another process was faster
                     return
                 download_url(TINY_URL, str(root.parent), md5=TINY_MD5)
@@ -485,7 +485,7 @@ def _fetch_tiny(root: Path, download: bool) -> None:
                     extract_archive(str(root.parent / Path(TINY_URL).name), temporary)
                     os.replace(Path(temporary) / "tiny-imagenet-200", root)
             return
-        except (OSError, RuntimeError, NotImplementedError, HTTPException) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             reason = f"the download failed: {error}"
     raise FileNotFoundError(
         f"tinyimgnt: no folder {root} ({reason}): unpack {TINY_URL} there, "

@@ -245,11 +245,13 @@ class ManyProcesses(Network):
             return torch.empty_like(like)
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
 
+    def _is_up(self, waited: float) -> bool:
+        return waited >= self.timeout.total_seconds() - 0.1
+
     def _lost(self, what: str, error: Exception, waited: float) -> NeighbourLost:
         reason = _first_line(error)
-        if waited >= self.timeout.total_seconds() - 0.1:
-            reason = (f"nothing within --timeout {self.timeout.total_seconds():g} s, so it has stalled, is very slow "
-                      "or waits itself for an agent that has")
+        if self._is_up(waited):
+            reason = f"nothing within --timeout {self.timeout.total_seconds():g} s, so one has stalled or is very slow"
         who = f"agent{'s' * (len(self.agents) > 1)} {self._living_at(self.rank)}"
         return NeighbourLost(f"{who} waited {waited:.1f} s for {what}: {reason}")
 
@@ -290,13 +292,20 @@ class _OnItsWay:
     staged: list[Tensor]  # kept until they have left
 
     def wait(self) -> dict[int, Tensor]:
-        began = time.monotonic()
-        for name, work in self.works:
+        began, missing = time.monotonic(), []
+        for k, (name, work) in enumerate(self.works):  # first what is to arrive
+            if missing and k == len(self.arrivals):
+                break  # gloo has given up what was to leave together with what didn't arrive
             left = self.network.timeout - timedelta(seconds=time.monotonic() - began)
             try:
                 work.wait(max(left, timedelta(milliseconds=1)))
             except RuntimeError as error:
-                raise self.network._lost(name, error, time.monotonic() - began) from None
+                missing.append(name)
+                failure, waited = error, time.monotonic() - began
+                if not self.network._is_up(waited):
+                    break
+        if missing:  # all that are silent are named: the first may itself be waiting for one of the others
+            raise self.network._lost(", ".join(missing), failure, waited)
         if not self.network.through_cpu:
             return self.arrivals
         device = self.network.device

@@ -121,6 +121,17 @@ def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = Fa
         raise ValueError(f"{path} can't be read as a checkpoint (truncated or of another kind?): {reason}") from error
 
 
+def lock(file: Path, timeout: float = -1) -> AbstractContextManager:
+    """Holds `file` until the context or this process ends; -1 waits for whoever holds it.
+
+    Raises filelock.Timeout after `timeout` seconds, another OSError where it can't be made or locked.
+    """
+    try:
+        return FileLock(file).acquire(timeout=timeout)
+    except NotImplementedError as error:  # an older filelock, on a file system that knows no locks
+        raise OSError(f"no locks there: {error}") from error
+
+
 def claim(folder: Path) -> AbstractContextManager:
     """Make `folder`, and keep other processes from writing to it until the context or this process ends.
 
@@ -128,14 +139,14 @@ def claim(folder: Path) -> AbstractContextManager:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        claimed = lock(folder / ".lock", timeout=0)
         for half_written in folder.glob("**/.*.tmp"):  # by a process that was killed
             half_written.unlink()
-        return lock
+        return claimed
     except Timeout:
         raise ValueError(f"another process is writing to {folder}: wait for it, or stop it") from None
-    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
-        raise ValueError(f"can't write to {folder}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ValueError(f"can't write to {folder}: {error.strerror or error}") from None
 
 
 def clear(folder: Path) -> None:

@@ -22,7 +22,7 @@ AGENTS = 4
 CASES = {
     "DIMAT ring all": ["--opt=DIMAT", "--exp=2"],
     "DIMAT ring local": ["--opt=DIMAT", "--exp=2", "--match_data=local"],
-    "DIMAT fully connected all": ["--opt=DIMAT", "--exp=1", "--wire=int8"],
+    "DIMAT fully connected all": ["--opt=DIMAT", "--exp=1", "--wire=int8", "--match_samples=100"],
     "WM bipartite all": ["--opt=WM", "--exp=3", "--wire=bf16"],
     "WM matching local": ["--opt=WM", "--topology=random_matching", "--match_data=local"],
     "WA one-way local": ["--opt=WA", "--topology=one_peer_exponential", "--match_data=local", "--wire=fp16"],
@@ -30,13 +30,13 @@ CASES = {
     "WA faults all": ["--opt=WA", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3"],
     "COMMON ring local": ["--opt=COMMON", "--exp=2", "--match_data=local", "--align_every=1"],
     "COMMON faults all": ["--opt=COMMON", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3",
-                          "--wire=int8"],
-    "COMMON at once": ["--opt=COMMON", "--exp=1", "--align=at_once"],
-    "C2M3 ring": ["--opt=C2M3", "--exp=2", "--bn_reset=repair"],
+                          "--wire=int8", "--match_samples=100"],
+    "COMMON at once": ["--opt=COMMON", "--exp=1", "--align=at_once", "--match_samples=100"],
+    "C2M3 ring": ["--opt=C2M3", "--exp=2", "--match_samples=100", "--bn_reset=repair"],
     "alone": ["--opt=NONE"],
 }
 COMMON = ["--dataset=digits", f"--num_models={AGENTS}", "--merg_itr=2", "--training", "--epochs=1",
-          "--test_samples=50", "--match_samples=100", "--timeout=60"]
+          "--test_samples=50", "--timeout=60"]
 
 
 def results_dir(folder: Path, case: str) -> Path:

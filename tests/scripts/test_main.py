@@ -310,15 +310,15 @@ def test_random_starts_are_the_same_for_all_or_different(tmp_path):
 
 @pytest.mark.slow
 def test_dimat_learns_on_digits(tmp_path):
-    """On a ring of five: 42 % after the first merge, where plain averaging has 12, and 86 after the fourth."""
+    """On a ring of five: 42 % after the first merge, where plain averaging has 12, and above 90 after the sixth."""
     common = ["--dataset=digits", "--num_models=5", "--width_multiplier=1", "--batch_size=50"]
     out = script("train", *common, "--epochs=10", cwd=tmp_path).stdout
     ckp = out.splitlines()[-1].removeprefix("checkpoints: ")
-    rows = rows_of(folder_of(script("main", *common, f"--ckp={ckp}", "--opt=DIMAT", "--exp=2", "--merg_itr=4",
+    rows = rows_of(folder_of(script("main", *common, f"--ckp={ckp}", "--opt=DIMAT", "--exp=2", "--merg_itr=6",
                                     "--training", "--match_samples=300", cwd=tmp_path), tmp_path))
     first, last = ([float(row["test_accuracy"]) for row in rows if (row["iteration"], row["phase"]) == (when, "merged")]
-                   for when in "14")
-    assert len(first) == len(last) == 5 and np.mean(first) > 25 and np.mean(last) > 80
+                   for when in "16")
+    assert len(first) == len(last) == 5 and np.mean(first) > 25 and np.mean(last) > 90
 
 
 @contextlib.contextmanager
