@@ -30,6 +30,7 @@ from lifecycle import (
     shares,
     start_that_matters,
 )
+from merging.batch_norm import reestimate
 from models import MODELS
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.cga import CGA_FORMS, CGA_SCOPES
@@ -65,6 +66,7 @@ class Fleet:
     topology: Topology
     network: Network
     trainer: LocalTrainer  # evaluates
+    train_parts: list[np.ndarray]
     test_parts: list[np.ndarray]
     agents: dict[int, Agent]
     steps_per_epoch: int
@@ -86,6 +88,16 @@ class Fleet:
         except training.Diverged as error:
             raise training.Diverged(f"epoch {epoch}, {error}; the run folder keeps what was finished "
                                     "before") from None
+
+    def as_evaluated(self, i: int, state: State, iteration: int) -> State:
+        """Agent i's model with the BatchNorm statistics of --eval_bn; all other tensors are those of `state`."""
+        o, dataset, alone = self.o, self.trainer.dataset, self.o.eval_bn == "local"
+        if o.eval_bn == "running":
+            return state
+        indices = self.train_parts[i] if alone else np.sort(np.concatenate(self.train_parts))
+        return reestimate(self.trainer.model, state, Batches(
+            dataset, dataset.train, indices, o.batch_size, shuffle=True,
+            make_generator=lambda: generator(o.seed, i if alone else 0, iteration, "BatchNorm")))
 
 
 def batch_stream(o: Namespace, dataset: Dataset, indices: np.ndarray, agent: int, start: int) -> Iterator:
@@ -115,10 +127,12 @@ def record_and_commit(fleet: Fleet, folder: RunFolder | None, iteration: int, ph
     trainer, network = fleet.trainer, fleet.network
     mine = {}
     for i, agent in fleet.agents.items():
-        state = training.snapshot(agent.flat.module)
+        running = training.snapshot(agent.flat.module)
+        state = fleet.as_evaluated(i, running, iteration)
         trainer.model.load_state_dict(state)
         mine[i] = {
-            "state": state, "memory": {k: t.cpu() for k, t in agent.memory.items()},
+            "state": state, "running": {k: t.cpu() for k, t in running.items() if t is not state[k]},
+            "memory": {k: t.cpu() for k, t in agent.memory.items()},
             "evaluation": trainer.evaluate(trainer.dataset.test), "samples": agent.samples, "steps": agent.steps,
             "stats": stats.get(i), "bytes_sent": network.sent[i] - sent[i],
             "bytes_received": network.received[i] - received[i],
@@ -127,7 +141,8 @@ def record_and_commit(fleet: Fleet, folder: RunFolder | None, iteration: int, ph
     if folder and phase == "trained":
         folder.save_models("trained", dict(enumerate(last["state"])))
         folder.commit({"iteration": iteration, "phase": phase, "samples": last["samples"], "steps": last["steps"],
-                       "states": last["state"], "memory": last["memory"]}, keep=False)
+                       "states": [state | own for state, own in zip(last["state"], last["running"], strict=True)],
+                       "memory": last["memory"]}, keep=False)
 
 
 def train(fleet: Fleet, folder: RunFolder | None, finished: int) -> None:
@@ -211,9 +226,9 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         if folder and not topology.is_connected and o.topology != "disconnected":
             print(f"note: --topology {o.topology} is not connected: its parts never hear of each other")
         saved = network.together(folder.load if folder else lambda: None)
-        fleet = Fleet(o, BASELINES[o.opt], topology, network, trainer, test_parts, {},
+        fleet = Fleet(o, BASELINES[o.opt], topology, network, trainer, train_parts, test_parts, {},
                       steps_of_an_epoch(train_parts, o.batch_size))
-        finished = _wake(fleet, states, network.deal(shares(network, saved)), train_parts)
+        finished = _wake(fleet, states, network.deal(shares(network, saved)))
         if finished < o.merg_itr:
             if finished and folder:
                 print(f"continuing after epoch {finished * o.num_epochs} of {o.epochs}")
@@ -226,7 +241,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
     return folder.path if folder else Path()
 
 
-def _wake(fleet: Fleet, states: dict[int, State], last: dict[int, dict | None], train_parts: list[np.ndarray]) -> int:
+def _wake(fleet: Fleet, states: dict[int, State], last: dict[int, dict | None]) -> int:
     """Make this process's agents from their first `states` or where each was last; the iteration they have finished."""
     o, trainer, finished = fleet.o, fleet.trainer, 0
 
@@ -237,8 +252,9 @@ def _wake(fleet: Fleet, states: dict[int, State], last: dict[int, dict | None], 
     for i, share in last.items():
         flat = flat_model()
         flat.module.load_state_dict(share["state"] if share else states[i])
-        agent = Agent(i, flat, batch_stream(o, trainer.dataset, train_parts[i], i, share["step"] if share else 0),
-                      amp=o.amp, mix_buffers=o.mix_buffers, weight_decay=o.weight_decay, seed=o.seed, scratch=scratch)
+        batches = batch_stream(o, trainer.dataset, fleet.train_parts[i], i, share["step"] if share else 0)
+        agent = Agent(i, flat, batches, amp=o.amp, mix_buffers=o.mix_buffers, weight_decay=o.weight_decay, seed=o.seed,
+                      scratch=scratch)
         if share:
             agent.memory = {k: t.to(trainer.device) for k, t in share["memory"].items()}
             agent.samples, agent.steps = share["sample"], share["step"]

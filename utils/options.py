@@ -305,6 +305,10 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
     g.add_argument("--cga_scope", choices=cga_scopes, default=None,
                    help="CGA projects the whole gradient or each tensor's (default: model; authors' form: tensor)")
     _flag(g, "--mix_buffers", default=True, help="mix BatchNorm's statistics like the parameters")
+    g.add_argument("--eval_bn", choices=["running", "local", "all"], default="running",
+                   help="evaluate with BatchNorm's running statistics or, as merged models have them, with statistics "
+                        "re-estimated on the agent's own or all agents' training images; training keeps the running "
+                        "ones")
     start_options(g)
     data_options(p, datasets, partitions, inherit=True)
     model_options(p, models, inherit=True)

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from base_lines import batch_stream, make_parser, steps_of_an_epoch
+from data.batches import Batches
 from data.datasets import load_dataset
-from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
+from models import build_model
+from tests.helpers import TINY, children, equal, equal_runs, folder_of, launched, process, rows_of, script, wait_for
+from utils import training
 from utils.topology import Topology, push_weights
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
@@ -64,6 +67,26 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path
     assert "continuing after epoch 2 of 4" in longer.stdout
     assert folder_of(short.stdout, tmp_path) == folder_of(longer.stdout, tmp_path)
     equal_runs(uninterrupted, folder_of(longer.stdout, tmp_path))
+
+
+@pytest.mark.parametrize(("images", "batches"), [("local", 4), ("all", 10)])  # 67 and 200 images in batches of 20
+def test_evaluating_with_fresh_statistics_leaves_training_alone(uninterrupted, tmp_path, images, batches):
+    command = [*START, "--opt=CDMSGD", f"--eval_bn={images}"]
+    script("base_lines", *command, "--epochs=2", cwd=tmp_path)
+    folder = folder_of(script("base_lines", *command, "--epochs=4", "--resume", cwd=tmp_path).stdout, tmp_path)
+    assert folder.parent.name.endswith(f",eval_bn={images}")
+    plain, evaluated = (torch.load(f / "state.pt", weights_only=True) for f in (uninterrupted, folder))
+    equal(plain["states"], evaluated["states"])
+    dataset = load_dataset("digits", train_samples=200)
+    model = build_model("resnet20", 10, in_channels=1, width_multiplier=1)
+    for row, own in zip(rows_of(folder)[-3:], evaluated["states"], strict=True):
+        kept = torch.load(folder / f"trained/model_{row['agent']}.pth", weights_only=True)
+        changed = {key for key, tensor in kept.items() if not torch.equal(tensor, own[key])}
+        assert changed == {key for key in kept if "running_" in key or "num_batches" in key}
+        assert kept["bn1.num_batches_tracked"] == batches
+        model.load_state_dict(kept)
+        test = training.evaluate(model, Batches(dataset, dataset.test, None, 500))
+        assert float(row["test_accuracy"]) == pytest.approx(test.accuracy())
 
 
 @pytest.mark.slow
