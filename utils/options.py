@@ -228,8 +228,8 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--match_data", choices=["all", "local"], default="all",
                    help="whose training images matching and BatchNorm re-estimation read: every agent's, as in the "
                         "paper, or only the merging agent's own")
-    g.add_argument("--match_samples", type=number(int, 0), default=0,
-                   help="a class-balanced sample of so many of them; 0 = all")
+    g.add_argument("--match_samples", type=number(int, 0), default=1000,
+                   help="a class-balanced sample of so many of them; 0 = all, as in the paper")
     _flag(g, "--match_augment", help="augment them, for all models alike")
     g.add_argument("--match_at", choices=["last", "all"], default="all",
                    help="read a group's features at the input of its last consumer, as in the paper, or sum over all")

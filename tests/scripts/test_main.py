@@ -35,7 +35,7 @@ def uninterrupted(checkpoints, tmp_path_factory) -> Path:
 def test_a_run_folder_holds_what_it_should(uninterrupted):
     assert uninterrupted.as_posix().endswith(
         "results/digits/resnet20/iid/trained/DIMAT/ring_4/epochs_1/"
-        "width=1,train_samples=200,match_augment=False,match_at=all,pretrain_epochs=2/seed_0")
+        "width=1,train_samples=200,match_samples=1000,match_augment=False,match_at=all,pretrain_epochs=2/seed_0")
     rows = rows_of(uninterrupted)
     phases = [(row["iteration"], row["phase"]) for row in rows[::4]]
     assert phases == [("0", "initial"), ("1", "merged"), ("1", "trained"), ("2", "merged"), ("2", "trained"),
