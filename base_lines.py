@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.batches import Batches
-from data.datasets import DATASETS, Dataset
+from data.datasets import DATASETS, Dataset, some_images
 from data.partition import PARTITIONS
 from lifecycle import (
     initial_states,
@@ -91,13 +91,15 @@ class Fleet:
 
     def as_evaluated(self, i: int, state: State, iteration: int) -> State:
         """Agent i's model with the BatchNorm statistics of --eval_bn; all other tensors are those of `state`."""
-        o, dataset, alone = self.o, self.trainer.dataset, self.o.eval_bn == "local"
+        o, dataset = self.o, self.trainer.dataset
         if o.eval_bn == "running":
             return state
-        indices = self.train_parts[i] if alone else np.sort(np.concatenate(self.train_parts))
+        agent = i if o.eval_bn == "local" else None
+        indices = some_images(dataset.train, self.train_parts, agent, o.bn_samples,
+                              generator(o.seed, agent or 0, iteration, "sample"))
         return reestimate(self.trainer.model, state, Batches(
             dataset, dataset.train, indices, o.batch_size, shuffle=True,
-            make_generator=lambda: generator(o.seed, i if alone else 0, iteration, "BatchNorm")))
+            make_generator=lambda: generator(o.seed, agent or 0, iteration, "BatchNorm")))
 
 
 def batch_stream(o: Namespace, dataset: Dataset, indices: np.ndarray, agent: int, start: int) -> Iterator:
@@ -189,7 +191,8 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
 def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
     """Where this run is written, what its config.yaml says, and which of it matters."""
     config = {k: v for k, v in vars(o).items() if k != "optim"}
-    matter = {**config, **start_that_matters(o, made_with), "epochs": None}  # a run may be made longer
+    matter = {**config, **start_that_matters(o, made_with), "epochs": None,  # a run may be made longer
+              "bn_samples": None if o.eval_bn == "running" else o.bn_samples}
     path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
     return path, config | matrices(o.topology, topology), matter
 

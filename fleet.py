@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.batches import Batches
-from data.datasets import class_balanced
+from data.datasets import some_images
 from merging import METHODS, match_stats, merge, outgoing
 from merging.averaging import State
 from merging.batch_norm import reestimate
@@ -60,14 +60,13 @@ class Fleet:
             return np.eye(self.o.num_models)
         return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.o.num_models))
 
-    def matching_batches(self, indices: np.ndarray, agent: int, iteration: int) -> Batches:
-        """The images that matching and BatchNorm re-estimation read in this iteration, the same for all models."""
+    def matching_batches(self, agent: int | None, iteration: int) -> Batches:
+        """What matching and BatchNorm re-estimation read in an iteration: an agent's images, or (None) all agents'."""
         o, dataset = self.o, self.trainer.dataset
-        if 0 < o.match_samples < len(indices):
-            labels = dataset.train.labels.cpu().numpy()[indices]
-            indices = indices[class_balanced(labels, o.match_samples, generator(o.seed, agent, iteration, "sample"))]
+        indices = some_images(dataset.train, self.train_parts, agent, o.match_samples,
+                              generator(o.seed, agent or 0, iteration, "sample"))
         return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
-                       make_generator=lambda: generator(o.seed, agent, iteration, "match"))
+                       make_generator=lambda: generator(o.seed, agent or 0, iteration, "match"))
 
     @cached_property
     def basis(self) -> CommonBasis:
@@ -90,10 +89,10 @@ class Fleet:
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
         if o.match_data == "all":
-            shared = self.matching_batches(np.sort(np.concatenate(self.train_parts)), 0, iteration)
+            shared = self.matching_batches(None, iteration)
             images, data = dict.fromkeys(merging, shared), {"batches": shared}
         else:
-            images = {i: self.matching_batches(self.train_parts[i], i, iteration) for i in merging}
+            images = {i: self.matching_batches(i, iteration) for i in merging}
             data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
         resets = "none" if o.bn_reset == "none" else "after"  # before is done
         try:
@@ -113,8 +112,7 @@ class Fleet:
     def stay_alone(self, iteration: int) -> dict[int, str]:
         """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
         for i in self.up(iteration) if self.o.bn_reset != "none" else ():
-            images = self.matching_batches(self.train_parts[i], i, iteration)
-            self.states[i] = reestimate(self.trainer.model, self.states[i], images)
+            self.states[i] = reestimate(self.trainer.model, self.states[i], self.matching_batches(i, iteration))
         return dict.fromkeys(self.states, "")
 
     def exchange(self, iteration: int, weights: np.ndarray, images: dict[int, Batches],

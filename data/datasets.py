@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -152,6 +152,20 @@ def class_balanced(labels: np.ndarray, n: int, seed: int | torch.Generator | Non
     # Take every class's first sample, then every class's second, and so on until there are n.
     turn = np.lexsort((labels[order], rank_in_class(labels[order])))
     return np.sort(order[turn[:n]])
+
+
+def some_images(images: ImageSet, parts: Sequence[np.ndarray], agent: int | None, n: int,
+                seed: torch.Generator) -> np.ndarray:
+    """Indices of n (0, or more than there are: all) of an agent's images, or (None) of all agents' together.
+
+    All agents' are drawn class-balanced; an agent's own simply at random, so that what is estimated on them is of the
+    classes that it has, as often as it has them. `parts`: each agent's indices into `images`.
+    """
+    if agent is not None:
+        own = parts[agent]
+        return own[np.sort(torch.randperm(len(own), generator=seed)[:n].numpy())] if 0 < n < len(own) else own
+    pool = np.sort(np.concatenate(parts))
+    return pool[class_balanced(images.labels[pool].cpu().numpy(), n, seed)] if 0 < n < len(pool) else pool
 
 
 def rank_in_class(labels: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ OF_MERGES = ("optim", "match_data", "match_samples", "match_augment", "match_at"
              "agent_failure", "exchanged_by", "staleness", "match_prior", "align", "align_every", "root")
 BASELINE_REFERENCE = {key: value for key, value in REFERENCE.items() if key not in OF_MERGES} | {
     "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",
-    "cga_scope": "model", "eval_bn": "running",
+    "cga_scope": "model", "eval_bn": "running", "bn_samples": 0,
 }
 SHORT = {"width_multiplier": "width"}
 

@@ -47,7 +47,7 @@ def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
 
     class Wanted(argparse.Action):
         def __call__(self, parser, options, words, option_string=None) -> None:
-            wanted = {key: [*values] for key, values in getattr(options, self.dest).items()}
+            wanted = {key: [*values] for key, values in (getattr(options, self.dest) or {}).items()}
             for word in words:
                 key, _, values = word.partition("=")
                 if not key or not values:
@@ -55,7 +55,7 @@ def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
                 wanted.setdefault(key.lstrip("-"), []).extend(values.split(","))
             setattr(options, self.dest, wanted)
 
-    p.add_argument("--only", action=Wanted, nargs="+", default={}, metavar="KEY=A,B",
+    p.add_argument("--only", action=Wanted, nargs="+", metavar="KEY=A,B",
                    help=f"{do} that have one of these values of each of these options{besides}: "
                         "--only opt=DIMAT,WA seed=0")
 
@@ -229,7 +229,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                    help="whose training images matching and BatchNorm re-estimation read: every agent's, as in the "
                         "paper, or only the merging agent's own")
     g.add_argument("--match_samples", type=number(int, 0), default=1000,
-                   help="a class-balanced sample of so many of them; 0 = all, as in the paper")
+                   help="how many of these images, class-balanced where they are all agents'; 0 = all, as in the paper")
     _flag(g, "--match_augment", help="augment them, for all models alike")
     g.add_argument("--match_at", choices=["last", "all"], default="all",
                    help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
@@ -309,6 +309,8 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
                    help="evaluate with BatchNorm's running statistics or, as merged models have them, with statistics "
                         "re-estimated on the agent's own or all agents' training images; training keeps the running "
                         "ones")
+    g.add_argument("--bn_samples", type=number(int, 0), default=1000,
+                   help="how many of these images, class-balanced where they are all agents'; 0 = all")
     start_options(g)
     data_options(p, datasets, partitions, inherit=True)
     model_options(p, models, inherit=True)

@@ -22,7 +22,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -248,18 +248,29 @@ def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str,
 
 
 def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Planner) -> list[Job]:
-    """The jobs with one of the `wanted` values of each option, and what these wait for."""
+    """The jobs with one of the `wanted` values of each option, and what these wait for.
+
+    Pre-trainings are run for themselves only where no run is wanted. A run's pretrain_epochs are its pre-training's
+    epochs, as in tables and pictures.
+    """
+    means = cache(planner.means)
+
+    def has(job: Job, key: str, text: str) -> bool:
+        setting = means(job.script, key, text)
+        if setting is None and key.startswith("pretrain_"):
+            return any(has(other, key.removeprefix("pretrain_"), text) for other in job.after)
+        return setting is not None and setting in vars(job.options).items()
+
     those = set(jobs)
     for key, texts in wanted.items():
         having: set[Job] = set()
         for text in texts:
-            said = {script: planner.means(script, key, text) for script in {job.script for job in jobs}}
-            found = {job for job in jobs if said[job.script] and said[job.script] in vars(job.options).items()}
+            found = {job for job in jobs if has(job, key, text)}
             if not found:
                 raise ValueError(f"--only {key}={text}: no job has that (--dry_run lists what they have)")
             having |= found
         those &= having
-    those -= {other for job in jobs for other in job.after}
+    those = those - {other for job in jobs for other in job.after} or those
     return [job for job in jobs if job in those or any(job in other.after for other in those)]
 
 
@@ -505,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not Path(o.file).is_file():
             raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
         planner = Planner(scripts_parsers())
-        jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only, planner)
+        jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only or {}, planner)
     if not jobs:
         raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
                                                else "the grid is empty"))

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 from data import datasets
-from data.datasets import DATASETS, cached, class_balanced, load_dataset, rank_in_class
+from data.datasets import DATASETS, ImageSet, cached, class_balanced, load_dataset, rank_in_class, some_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,26 @@ def test_class_balanced_takes_as_many_of_each_class(n, seed):
     assert len(chosen) == n and (np.diff(chosen) > 0).all()
     assert np.ptp(np.bincount(labels[chosen], minlength=5)) <= 1
     np.testing.assert_array_equal(chosen, class_balanced(labels, n, seed))
+
+
+def test_some_of_an_agents_own_images_are_of_its_classes_as_often_as_it_has_them():
+    labels = np.repeat([0, 1, 2, 0, 1, 2], [900, 100, 0, 0, 100, 900])
+    images = ImageSet(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), torch.from_numpy(labels))
+    parts = [np.arange(1000), np.arange(1000, 2000)]
+
+    def shares(agent, n):
+        chosen = some_images(images, parts, agent, n, torch.Generator().manual_seed(0))
+        assert len(np.unique(chosen)) == n and (np.diff(chosen) > 0).all()
+        assert agent is None or np.isin(chosen, parts[agent]).all()
+        return np.bincount(labels[chosen], minlength=3) / n
+
+    np.testing.assert_allclose(shares(0, 400), [0.9, 0.1, 0], atol=0.05)
+    np.testing.assert_allclose(shares(1, 400), [0, 0.1, 0.9], atol=0.05)
+    np.testing.assert_allclose(shares(None, 300), [1 / 3] * 3)  # everybody's: of each class alike
+    for n in (0, 1000, 2500):
+        np.testing.assert_array_equal(some_images(images, parts, 1, n, torch.Generator()), parts[1])
+    for n in (0, 2000):
+        np.testing.assert_array_equal(some_images(images, parts, None, n, torch.Generator()), np.arange(2000))
 
 
 def test_class_balanced_without_a_seed_takes_the_first_and_nests():

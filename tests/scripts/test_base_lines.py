@@ -69,12 +69,12 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path
     equal_runs(uninterrupted, folder_of(longer.stdout, tmp_path))
 
 
-@pytest.mark.parametrize(("images", "batches"), [("local", 4), ("all", 10)])  # 67 and 200 images in batches of 20
-def test_evaluating_with_fresh_statistics_leaves_training_alone(uninterrupted, tmp_path, images, batches):
-    command = [*START, "--opt=CDMSGD", f"--eval_bn={images}"]
+@pytest.mark.parametrize(("images", "samples", "batches"), [("local", 50, 3), ("all", 0, 10)])  # of 67 and 200, by 20
+def test_evaluating_with_fresh_statistics_leaves_training_alone(uninterrupted, tmp_path, images, samples, batches):
+    command = [*START, "--opt=CDMSGD", f"--eval_bn={images}", f"--bn_samples={samples}"]
     script("base_lines", *command, "--epochs=2", cwd=tmp_path)
     folder = folder_of(script("base_lines", *command, "--epochs=4", "--resume", cwd=tmp_path).stdout, tmp_path)
-    assert folder.parent.name.endswith(f",eval_bn={images}")
+    assert folder.parent.name.endswith(f",eval_bn={images}" + (f",bn_samples={samples}" if samples else ""))
     plain, evaluated = (torch.load(f / "state.pt", weights_only=True) for f in (uninterrupted, folder))
     equal(plain["states"], evaluated["states"])
     dataset = load_dataset("digits", train_samples=200)

@@ -158,6 +158,8 @@ def test_a_part_of_a_sweep(tmp_path, capsys):
     assert count(of(seed="1", data_dist="iid")) == [1, 2, 1]
     assert count(of(random_seed="01")) == [2, 4, 2]  # an alias, and a value as the script reads it
     assert count(of(merg_itr="2", opt="CDSGD")) == [0, 0, 0]
+    assert count(of(pretrain_epochs="1")) == count(jobs) and count(of(pretrain_seed="1", opt="WA")) == [2, 2, 0]
+    assert count(of(lr="0.002", seed="0")) == [2, 0, 0]  # only pre-trainings have that
     for job in of(opt="WA", seed="0"):
         assert job.script == "train" or ("--opt=WA" in job.command and "--seed=0" in job.command)
         assert all(other in jobs for other in job.after)
