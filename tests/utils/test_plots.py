@@ -396,13 +396,20 @@ def test_iterations_to_a_target_by_the_graph(make):
             for seed in (0, 1)]
     notes = []
     (page,) = run_plots.iterations_to_target(lines_of(runs)[0], notes.append, 80.0)
-    assert notes == ["not every seed of WA gets to 80 % (digits, resnet20, ring, 10, iid): left out"]
+    assert notes == ["not every seed of WA gets to 80 % (digits, resnet20, ring, 10, iid): no point"]
     figure = page()
     (line,) = figure.axes[0].lines
     np.testing.assert_allclose(line.get_xdata(), [1 - make_topology("ring", 10).second_eigenvalue, 1])
     np.testing.assert_allclose(line.get_ydata(), [4, 2])  # at 80 and 88, at 80 and 84 percent
     assert "ring 0.13, fully_connected 1.00" in figure.get_supxlabel().replace("\n", " ")
+    assert "broken" not in figure.get_supxlabel()
     assert run_plots.iterations_to_target(lines_of(runs[-2:])[0], notes.append, 80.0) == []
+    slow = [make(topology="exponential", iterations=5, num_models=10, accuracy=rising(15 + 2 * seed), seed=seed)
+            for seed in (0, 1)]  # one of two gets there
+    (page,) = run_plots.iterations_to_target(lines_of([*runs[:4], *slow])[0], notes.append, 80.0)
+    (line,) = page().axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), [4, np.nan, 2])
+    assert "A line is broken where a seed doesn't get there" in page().get_supxlabel().replace("\n", " ")
     lost = make(topology="gone.json", iterations=5, num_models=10, accuracy=rising(50))
     alone = make(topology="ring", opt="NONE", iterations=5, num_models=10, accuracy=rising(30))
     drawn = [make(topology="random", seed=seed, iterations=5, num_models=10, accuracy=rising(20)) for seed in (0, 1)]
