@@ -13,8 +13,3 @@ def checkpoints(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("checkpoints")
     out = script("train", *TINY, "--num_models=4", "--data_dist=iid", "--epochs=2", cwd=home).stdout
     return home / out.splitlines()[-1].removeprefix("checkpoints: ")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long modules first: each worker takes one at a time, and none should be left alone with a long one."""
-    items.sort(key=lambda item: item.path.parent.name != "scripts")
