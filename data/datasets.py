@@ -154,20 +154,6 @@ def class_balanced(labels: np.ndarray, n: int, seed: int | torch.Generator | Non
     return np.sort(order[turn[:n]])
 
 
-def some_images(images: ImageSet, parts: Sequence[np.ndarray], agent: int | None, n: int,
-                seed: torch.Generator) -> np.ndarray:
-    """Indices of n (0, or more than there are: all) of an agent's images, or (None) of all agents' together.
-
-    All agents' are drawn class-balanced; an agent's own simply at random, so that what is estimated on them is of the
-    classes that it has, as often as it has them. `parts`: each agent's indices into `images`.
-    """
-    if agent is not None:
-        own = parts[agent]
-        return own[np.sort(torch.randperm(len(own), generator=seed)[:n].numpy())] if 0 < n < len(own) else own
-    pool = np.sort(np.concatenate(parts))
-    return pool[class_balanced(images.labels[pool].cpu().numpy(), n, seed)] if 0 < n < len(pool) else pool
-
-
 def rank_in_class(labels: np.ndarray) -> np.ndarray:
     """For every sample, how many of its class come before it."""
     by_class = np.argsort(labels, kind="stable")
@@ -175,6 +161,21 @@ def rank_in_class(labels: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(labels), dtype=np.int64)
     ranks[by_class] = np.arange(len(labels)) - np.repeat(start, count)
     return ranks
+
+
+def some_images(images: ImageSet, parts: Sequence[np.ndarray], agent: int | None, n: int,
+                seed: torch.Generator) -> np.ndarray:
+    """Indices of n (0, or more than there are: all) of an agent's images, or (None) of all agents' together.
+
+    All agents' are drawn class-balanced; an agent's own simply at random, so that what is estimated on them is of the
+    classes that it has, as often as it has them. `parts`: each agent's indices into `images`.
+    """
+    candidates = np.sort(np.concatenate(parts)) if agent is None else parts[agent]
+    if not 0 < n < len(candidates):
+        return candidates
+    if agent is None:
+        return candidates[class_balanced(images.labels[candidates].cpu().numpy(), n, seed)]
+    return candidates[np.sort(torch.randperm(len(candidates), generator=seed)[:n].numpy())]
 
 
 # ---- the cache -----------------------------------------------------------------------------------

@@ -299,6 +299,8 @@ def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> li
         counts = [reached(run, target) for run in line.runs]
         if any(map(math.isnan, counts)):
             note(f"not every seed of {line.label} gets to {target:g} % ({', '.join(line.panel)}): no point")
+            if line.method == ALONE:  # a level, which has no place for a gap
+                continue
             counts = [math.nan]  # a gap in the line: between its neighbours' points it is not to be read off
         try:
             own = {run.seed: 1 - topology_of(run).second_eigenvalue for run in line.runs if line.method != ALONE}
@@ -311,10 +313,10 @@ def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> li
         gap = float(np.mean(list(own.values()))) if own else math.nan
         points.setdefault(head, []).append((gap, float(np.mean(counts)), min(counts), max(counts), len(counts)))
     drawn = {}
-    points = {line: found for line, found in points.items() if not all(math.isnan(mean) for _, mean, *_ in found)}
     for line, found in points.items():
         x, *figures, _ = np.array(sorted(found)).T
-        drawn[line] = Drawn(None if line.method == ALONE else x, Curve(x, *figures))
+        if not np.isnan(figures[0]).all():
+            drawn[line] = Drawn(None if line.method == ALONE else x, Curve(x, *figures))
     if not drawn:
         return []
     means: dict[str, dict[str, float]] = {}
@@ -323,13 +325,13 @@ def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> li
             means.setdefault(agents, {})[graph] = float(np.mean(list(of.values())))
     known = "; ".join(f"{agents} agents: " + ", ".join(f"{graph} {of[graph]:.2f}" for graph in sorted(of, key=of.get))
                       for agents, of in means.items())
-    reaching = [point for found in points.values() for point in found if not math.isnan(point[1])]
-    seeds = sorted({int(count) for *_, count in reaching})
+    seeds = sorted({count for found in points.values() for _, mean, *_, count in found if not math.isnan(mean)})
+    broken = any(np.isnan(one.curve.mean).any() for one in drawn.values())
     several = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
     caption = (f"{setting(list(drawn))}First iteration after which the agents' mean accuracy is at least {target:g} %: "
                f"mean of {several}, band from the lowest to the highest. The gap is 1 less the factor by which a step "
                f"of averaging alone brings agents together. {known}."
-               + " A line is broken where a seed doesn't get there." * (len(reaching) < sum(map(len, points.values()))))
+               + " A line is broken where a seed doesn't get there." * broken)
     return [lambda: curves_figure(drawn, look(lines), "spectral gap", f"iterations to {target:g} %", caption)]
 
 

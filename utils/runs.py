@@ -171,7 +171,7 @@ def without_say(o: Mapping[str, Any]) -> set[str]:
     """The options that change no figure of a run with these."""
     idle = set() if o["data_dist"] == "non-iid-PF" else {"phase"}
     if is_baseline(o):
-        return idle
+        return idle | ({"bn_samples"} if o["eval_bn"] == "running" else set())
     merges, matches = o["opt"] != ALONE, o["opt"] not in PLAIN
     idle |= set() if o.get("training") else set(LOCAL_TRAINING)
     idle |= set() if merges else {"match_data", "wire", "link_failure"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import base_lines
 import demo
 from main import make_parser, options_that_matter, settle_alignment
 from merging import METHODS
@@ -220,6 +221,12 @@ def test_scripts_and_pictures_agree_on_what_has_no_say():
         matter = options_that_matter(o, {})
         given = {key for key, value in vars(o).items() if value is not None}
         assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), opt
+    for eval_bn in ("running", "local"):
+        o = base_lines.make_parser().parse_args(["--randominit", f"--eval_bn={eval_bn}"])
+        *_, topology = base_lines.settle(o, range(o.num_models))
+        *_, matter = base_lines.the_run(o, {}, topology)
+        given = {key for key in matter if vars(o).get(key) is not None} - {"epochs"}  # a run may be made longer
+        assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), eval_bn
 
 
 def test_seeds_share_a_line_and_nothing_else_does(make):
@@ -417,6 +424,9 @@ def test_iterations_to_a_target_by_the_graph(make):
     assert notes[-1] == "topology file gone.json does not exist"
     random, level = page().axes[0].lines
     assert list(level.get_ydata()) == [3, 3]
+    short = make(topology="star", opt="NONE", iterations=5, num_models=10, accuracy=rising(10))
+    (page,) = run_plots.iterations_to_target(lines_of([alone, short, *drawn])[0], notes.append, 80.0)
+    assert list(page().axes[0].lines[-1].get_ydata()) == [3, 3]
     gaps = [1 - make_topology("random", 10, seed).second_eigenvalue for seed in (0, 1)]
     np.testing.assert_allclose(random.get_xdata(), [np.mean(gaps)])
 
