@@ -21,6 +21,26 @@ def fall_silent() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def one_line(text: str, most: int = 600) -> str:
+    """`text` without line breaks and other control characters, cut in its middle where it is longer than `most`."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in a line for a user."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(str(error).strip()) or type(error).__name__
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """The line for memory that can't be had; None for another error."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return f"there is not enough memory for this: {sentence(error)[:200]}"
+    return None
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """A command's main(argv), whose errors are one line on stderr and status 2 where a user can mend them.
 
@@ -36,10 +56,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except BrokenPipeError:
             fall_silent()
             return 141  # as a shell says of a process that SIGPIPE ended
-        except (ValueError, OSError) as error:
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, MemoryError) as error:
             if os.environ.get("DIMAT_DEBUG"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {out_of_memory(error) or sentence(error)}", file=sys.stderr)
             return 2
 
     return guarded
