@@ -34,11 +34,14 @@ def sentence(error: BaseException) -> str:
     return one_line(str(error).strip()) or type(error).__name__
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """The line for memory that can't be had; None for another error."""
+def mendable(error: Exception, *kinds: type[Exception]) -> str | None:
+    """The line for what a user can mend: wrong values, the system's refusals, memory that can't be had, and `kinds`.
+
+    None for anything else: that is a bug, and its traceback is wanted.
+    """
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return f"there is not enough memory for this: {sentence(error)[:200]}"
-    return None
+    return sentence(error) if isinstance(error, (ValueError, OSError, *kinds)) else None
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -59,10 +62,11 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
-        except (ValueError, OSError, MemoryError) as error:
-            if os.environ.get("DIMAT_DEBUG"):
+        except Exception as error:
+            line = mendable(error)
+            if line is None or os.environ.get("DIMAT_DEBUG"):
                 raise
-            print(f"error: {out_of_memory(error) or sentence(error)}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             return 2
 
     return guarded
