@@ -360,7 +360,7 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags over the options of --config, which are checked as if they were typed."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre = Parser(prog=p.prog, add_help=False, allow_abbrev=False)
     pre.add_argument("--config", type=path)
     config = pre.parse_known_args(argv)[0].config
     return p.parse_args(_config_arguments(p, config, argv) + argv if config else argv)
