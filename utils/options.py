@@ -10,7 +10,6 @@ import contextlib
 import difflib
 import io
 import math
-import os
 import re
 import sys
 import time
@@ -20,6 +19,9 @@ from typing import NoReturn
 
 import torch
 import yaml
+
+from utils.distributed import STARTING, check_launcher, rank
+from utils.siblings import launched_agents
 
 TRUE, FALSE = {"true", "1", "yes", "t", "y", "on"}, {"false", "0", "no", "f", "n", "off"}
 
@@ -68,7 +70,7 @@ def number(kind: type, low: float, high: float = float("inf"), strict: bool = Fa
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not (low < value if strict else low <= value) or not value <= high:
             bound = f"{'>' if strict else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
@@ -113,7 +115,8 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
     said = " (default: what the checkpoint was made with, else %s)" if inherit else " (default: %s)"
     g = p.add_argument_group("data")
     g.add_argument("--dataset", "--data", choices=sorted(datasets), default="digits", help="data set")
-    g.add_argument("--num_models", type=number(int, 1), default=5, metavar="N", help="number of agents")
+    g.add_argument("--num_models", type=number(int, 1), default=(inherit and launched_agents()) or 5, metavar="N",
+                   help="number of agents" + "; in a group that torchrun launches, as many as processes" * inherit)
     g.add_argument("--data_dist", choices=list(partitions), default=None,
                    help="how the data is dealt to the agents" + said % "iid")
     g.add_argument("--alpha", type=number(float, 0, strict=True), default=None,
@@ -197,7 +200,8 @@ def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict
     """How launched processes reach each other; `strict`: they have to wait at all."""
     g.add_argument("--backend", choices=backends, default="auto",
                    help="what carries the messages: nccl where every process has a GPU of its own, else gloo")
-    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS", help=waits)
+    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS",
+                   help=f"{waits} (at the start of a group at least {STARTING:g} s)")
     g.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
 
 
@@ -345,7 +349,11 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
 
 def parse_once(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """`parse`, but under a launcher only the first process says what is wrong with the command line."""
-    if os.environ.get("RANK", "0") == "0":
+    try:
+        check_launcher()
+    except ValueError as error:
+        p.exit(2, f"error: {error}\n")
+    if rank() == 0:
         return parse(p, argv)
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
