@@ -167,11 +167,10 @@ def _refuse(message: str) -> None:
 
 def read_plan(file: Path, planner: Planner) -> list[Job]:
     """The jobs of a sweep's YAML file. Raises ValueError that names the file and the part that is wrong."""
-    content = load_yaml(file)
     try:
-        return plan_file(content, planner)
+        return plan_file(load_yaml(file), planner)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{error}" if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def varying(options: Sequence[Mapping[str, Any]]) -> list[str]:
