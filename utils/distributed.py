@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -462,9 +464,18 @@ def _meet(file: Path | None, place: Path | str, mine: str, home: Mapping[int, in
     Says after a while who is missing; after `patience` seconds that is a ValueError.
     """
     began, silent, store, world = time.monotonic(), True, None, group_size()
-    missing = list(range(world))
+    missing, opening = list(range(world)), Future()
+
+    def open_it() -> None:
+        try:
+            opening.set_result(_open_store(file, world, patience))
+        except RuntimeError as error:
+            opening.set_exception(error)
+
+    # Beside this thread: where somebody listens but is mute, torch waits for longer than it is told.
+    threading.Thread(target=open_it, daemon=True).start()
     while True:
-        if store is None and (store := _open_store(file, world, patience)):
+        if store is None and opening.done() and (store := opening.result()):
             store.set(f"rank {rank()}", mine)
         if store is not None:
             missing = [r for r in missing if not store.check([f"rank {r}"])]
@@ -485,17 +496,21 @@ def _meet(file: Path | None, place: Path | str, mine: str, home: Mapping[int, in
 
 
 def _open_store(file: Path | None, world: int, patience: float) -> dist.Store | None:
-    """Where the processes meet; None where whoever keeps it can't be reached yet."""
+    """Where the processes meet, once whoever keeps it can be reached; None where that takes too long."""
     if file:
         store = dist.FileStore(str(file), world)
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         keeper = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        if not keeper:
-            try:  # or torch prints its stack while nobody listens
+        until = time.monotonic() + patience
+        while not keeper:
+            try:  # torch would print its stack while nobody listens
                 socket.create_connection((address, port), timeout=1).close()
+                break
             except OSError:
-                return None
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.05)
         store = dist.TCPStore(address, port, is_master=keeper, wait_for_workers=False,
                               timeout=timedelta(seconds=patience))
     # A group that is started again meets at the same store, where it must not find the dead group's addresses.
