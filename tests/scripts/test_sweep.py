@@ -1,5 +1,6 @@
 """Sweeps: the right commands, as many at a time as allowed, and nothing lost when something fails or is stopped."""
 
+import contextlib
 import datetime
 import os
 import random
@@ -376,8 +377,13 @@ def test_jobs_end_with_their_sweep_however_that_ends(tmp_path):
         started = descendants(running.pid)
         running.kill()
         running.wait()
-    assert len(started) == 6, started  # a pre-training, a run with its worker, a launcher with its two
-    wait_until_gone(started)
+    try:
+        assert len(started) == 6, started  # a pre-training, a run with its worker, a launcher with its two
+        wait_until_gone(started)
+    finally:
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
