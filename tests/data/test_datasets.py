@@ -675,9 +675,10 @@ def test_mutated_folders_load_or_are_named(tiny, examples):
                 assert len(images) and images.images.shape == (len(images), 3, 16, 16)
                 assert images.images.dtype == torch.uint8 and images.labels.min() >= 0
                 assert images.labels.max() < dataset.num_classes <= 4
-        if file.exists() or tiny in file.parents:
-            file.write_bytes(before)
-            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        finally:
+            if tiny in file.parents:
+                file.write_bytes(before)
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     mutate()
 
