@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.files import lock, save_text, write_atomically
+from utils.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.progress import progress
 from utils.seeds import generator
 
@@ -232,14 +232,19 @@ def cached(cache: Path, name: str, files: Callable[[], list[Path]], decode: Call
 def _read(folder: Path) -> Arrays:
     """The arrays in `folder`. Raises OSError or ValueError when they aren't what was written there."""
     try:
-        # Copy-on-write maps: pages are read when needed, and torch gets the writable memory that it asks for.
-        arrays = {name: np.load(regular(folder / f"{name}.npy"), mmap_mode="c", allow_pickle=False) for name in ARRAYS}
-        sound = _digest(arrays) == regular(folder / DIGEST).read_text()
+        arrays = {name: _map(folder / f"{name}.npy") for name in ARRAYS}
+        sound = _digest(arrays) == read_text(folder / DIGEST)
     except Exception as error:  # numpy raises half a dozen types for a damaged file
         raise ValueError(f"{folder} is damaged: {error}") from error
     if not sound:
         raise ValueError(f"{folder} is damaged: its arrays aren't those that were written")
     return arrays
+
+
+def _map(file: Path) -> np.ndarray:
+    # Copy-on-write: pages are read when needed, and torch gets the writable memory that it asks for.
+    open_regular(file).close()  # no pipe, which would be waited for
+    return np.load(file, mmap_mode="c", allow_pickle=False)
 
 
 def _digest(arrays: Arrays) -> str:
@@ -250,13 +255,6 @@ def _digest(arrays: Arrays) -> str:
         if name.endswith("labels"):
             digest.update(arrays[name].tobytes())
     return digest.hexdigest()
-
-
-def regular(file: Path) -> Path:
-    """`file`, unless it is absent, a folder, or something like a pipe, which would be waited for forever."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing, or isn't a regular file")
-    return file
 
 
 def _write(cache: Path, name: str, key: str, arrays: Arrays) -> None:
@@ -524,7 +522,8 @@ def _visible(folder: Path) -> list[Path]:
 
 def _lines(file: Path) -> list[str]:
     """The lines of a text in UTF-8, or in UTF-16 where its byte-order mark says so."""
-    content = regular(file).read_bytes()
+    with open_regular(file) as opened:
+        content = opened.read()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
@@ -566,14 +565,14 @@ def _decode_images(paths: list[Path], pattern: Path, part: str) -> np.ndarray:
 
 def _decode(path: Path, pattern: Path | None = None, side: int = 0) -> np.ndarray:
     """An image as uint8 (3, H, W); it must have `side` rows and columns where there is a pattern."""
-    regular(path)
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if pattern is None or width == height == side:  # known before anything is decoded
-                return _rgb(image)
-    except Exception as error:  # Pillow raises half a dozen types for a broken file
-        raise ValueError(f"tinyimgnt: {path} can't be decoded: {' '.join(str(error).split())}") from None
+    with open_regular(path) as file:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+                if pattern is None or width == height == side:  # known before anything is decoded
+                    return _rgb(image)
+        except Exception as error:  # Pillow raises half a dozen types for a broken file
+            raise ValueError(f"tinyimgnt: {path} can't be decoded: {' '.join(str(error).split())}") from None
     raise ValueError(
         f"tinyimgnt: {path} is {width}x{height}, {pattern} is {side}x{side}: resize them to one size")
 
