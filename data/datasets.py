@@ -498,13 +498,13 @@ def _list_tiny(root: Path) -> list[tuple[list[Path], list[int]]]:
 
     for left_out, what in (
         ([root / "train" / name for name in folders if name not in label_of], f"classes that {wnids} doesn't name"),
-        (no_images, f"files in {root / 'train'} that are not {', '.join(SUFFIXES)}"),
-        ([path for path in class_of if path not in val], f"validation images of classes that {root / 'train'} lacks"),
+        (no_images, f"training files that are not {', '.join(SUFFIXES)}"),
+        ([path for path in class_of if path not in val], "validation images of other classes"),
         ([path for path in _visible(root / "val" / "images") if _is_image(path) and path not in class_of],
          f"validation images that {annotations} doesn't name"),
     ):
         if left_out:
-            warnings.warn(f"tinyimgnt: left out {len(left_out)} {what}, such as {left_out[0].name}", stacklevel=1)
+            warnings.warn(f"tinyimgnt: left out {len(left_out)} {what}, such as {left_out[0]}", stacklevel=1)
     return [train, (list(val), list(val.values()))]
 
 

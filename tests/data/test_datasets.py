@@ -503,10 +503,11 @@ def test_whatever_is_left_out_is_counted_and_said_once(tiny):
         dataset, said = load_tiny(tiny)
         assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (6, 3, 3)
         assert [line.removeprefix("tinyimgnt: left out ").replace(str(tiny), "ROOT") for line in said] == [
-            "1 classes that ROOT/wnids.txt doesn't name, such as n04",
-            "1 files in ROOT/train that are not .jpeg, .jpg, .png, such as other.bmp",
-            "2 validation images of classes that ROOT/train lacks, such as val_8.JPEG",
-            "1 validation images that ROOT/val/val_annotations.txt doesn't name, such as forgotten.png",
+            "1 classes that ROOT/wnids.txt doesn't name, such as ROOT/train/n04",
+            "1 training files that are not .jpeg, .jpg, .png, such as ROOT/train/n01/images/other.bmp",
+            "2 validation images of other classes, such as ROOT/val/images/val_8.JPEG",
+            "1 validation images that ROOT/val/val_annotations.txt doesn't name, such as "
+            "ROOT/val/images/forgotten.png",
         ], source
 
 
