@@ -21,6 +21,8 @@ from typing import NoReturn
 import torch
 import yaml
 
+from utils.progress import print_anywhere
+
 TRUE, FALSE = {"true", "1", "yes", "t", "y", "on"}, {"false", "0", "no", "f", "n", "off"}
 
 
@@ -87,6 +89,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 class Parser(argparse.ArgumentParser):
     """Says in a line what is wrong, with the option that may have been meant, not below a screen of usage."""
+
+    def parse_known_args(self, *arguments, **how):
+        print_anywhere()  # every script comes by here before it prints
+        return super().parse_known_args(*arguments, **how)
 
     def error(self, message: str) -> NoReturn:
         known = [name for name in self._option_string_actions if name.startswith("--")]
