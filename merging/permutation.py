@@ -27,6 +27,7 @@ from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_co
 from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, Watch, tensors_of, tensors_within
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
 from utils.plots import groups_figure
+from utils.progress import print_anywhere
 
 __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read", "UnsupportedOperation", "derive_spec",
            "describe", "identity", "invert", "permute", "random_permutations", "spec_from_axes", "verify"]
@@ -677,6 +678,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--in_channels", type=int, default=3)
     parser.add_argument("--width_multiplier", type=int, default=8)
     parser.add_argument("--plot", metavar="FILE.png", help="draw the groups over the model's layers (png, pdf, svg)")
+    print_anywhere()
     options = parser.parse_args(argv)
     try:
         model = build_model(

@@ -23,7 +23,7 @@ import torch
 
 from utils.distributed import STARTING, check_launcher, rank
 from utils.files import load_yaml
-from utils.progress import one_line
+from utils.progress import one_line, print_anywhere
 from utils.siblings import launched_agents
 
 MOST_AGENTS = 20_000  # a mixing matrix of them takes 3.2 GB
@@ -105,6 +105,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 class Parser(argparse.ArgumentParser):
     """Says in a line what is wrong, with the option that may have been meant, not below a screen of usage."""
+
+    def parse_known_args(self, *arguments, **how):
+        print_anywhere()  # every script comes by here before it prints
+        return super().parse_known_args(*arguments, **how)
 
     def error(self, message: str) -> NoReturn:
         known = [name for name in self._option_string_actions if name.startswith("--")]
