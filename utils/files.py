@@ -171,8 +171,8 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is larger than {MOST_TEXT >> 20} MiB: it is no text file of this program")
     try:
         return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} can't be read: it is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} can't be read: it is not UTF-8 text ({error})") from None
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:

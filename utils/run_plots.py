@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.files import read_rows
 from utils.options import Formatter, Parser, number, only_option
 from utils.plots import (
     Line,
@@ -31,7 +32,7 @@ from utils.plots import (
 )
 from utils.progress import command
 from utils.results import PHASES
-from utils.runs import ALONE, Curve, Run, find_runs, read_table
+from utils.runs import ALONE, Curve, Run, find_runs
 from utils.topology import Topology, make_topology, short_name
 
 Page = Callable[[], Any]  # draws a matplotlib figure
@@ -583,7 +584,7 @@ def merge_stats_of(run: Run) -> MergeStats | None:
     path = run.path / "merge_stats.csv"
     if not path.is_file():
         return None
-    rows = read_table(path)
+    rows = read_rows(path)
     values: dict[tuple[int, str, str], list[float]] = {}
     try:
         groups = list(dict.fromkeys(row["group"] for row in rows))  # first appearance: in order of execution

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import math
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoint import INHERITED
-from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml
+from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, read_rows
 from utils.results import FREE, PHASES, is_part
 from utils.topology import short_name
 
@@ -45,8 +44,8 @@ class Curve:
     high: np.ndarray
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a run's `metrics.csv`; `path` is that file or the run's folder.
+def read_metrics(path: str | os.PathLike, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """The whole rows of a run's `metrics.csv`, which must have these columns; `path` is that file or the run's folder.
 
     Raises FileNotFoundError where there is none, ValueError where it has no rows or is no table.
     """
@@ -54,19 +53,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, str]]:
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}: is this the folder of a run?")
-    rows = read_table(path)
+    rows = read_rows(path, columns)
     if not rows:
         raise ValueError(f"{path} has no rows yet: let the run finish an iteration first")
     return rows
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises ValueError, naming it, where it can't be read as one."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read as a table: {error}") from None
 
 
 def accuracy_curve(
@@ -231,10 +221,7 @@ def read_run(folder: Path) -> Run:
     for key, kinds in OPTIONAL.items():
         if config.get(key) is not None and type(config[key]) not in kinds:
             raise ValueError(f"config.yaml says {key}: {config[key]!r}")
-    rows = [row for row in read_metrics(folder) if None not in row.values()]
-    if missing := {"iteration", "phase", "agent"} - {key for row in rows[:1] for key in row}:
-        raise ValueError(f"metrics.csv has no column {', '.join(sorted(missing))}" if rows
-                         else "metrics.csv has no whole line")
+    rows = read_metrics(folder, ("iteration", "phase", "agent"))
     for row in rows:
         try:
             # Agents on their own don't know how far apart they are, and in old files nobody what was sent.

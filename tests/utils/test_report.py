@@ -515,7 +515,7 @@ def test_an_option_that_is_missing_is_named(add, report, key):
 @pytest.mark.parametrize(("change", "reason"), [
     (lambda text: "\n".join(",".join(line.split(",")[:2] + line.split(",")[3:]) for line in text.splitlines()),
      "metrics.csv has no column agent"),
-    (lambda text: text + "1,merged," + "0" * 140_000, "metrics.csv can't be read as a table: field larger than"),
+    (lambda text: text + "1,merged," + "0" * 140_000, "metrics.csv can't be read: field larger than"),
     (lambda text: text + f"{10**30},merged,0,50,,1", "not of a run: 1000"),
     (lambda text: text.replace("53", ""), "not of a run: 1,merged"),
 ])
