@@ -21,7 +21,7 @@ def model(i, iteration=0):
 
 def joined(agent, folder, timeout=0.0, staleness=0, run="run", fresh=False, overwrite=False):
     network = SharedFolder(agent, folder, timeout, staleness)
-    network.place = network.meet(run, [j for j in range(3) if j != agent], 99, fresh, overwrite)
+    network.place = network.meet(run, [j for j in range(3) if j != agent], 99, LIKE, "fp32", fresh, overwrite)
     return network
 
 
