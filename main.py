@@ -29,7 +29,6 @@ from lifecycle import (
 )
 from merging import METHODS
 from merging.activation_matching import PRIORS
-from merging.averaging import ROBUST
 from models import MODELS
 from train import LocalTrainer, load_agents_data, new_model
 from utils import training
@@ -246,8 +245,8 @@ def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
 
 
 def make_parser() -> ArgumentParser:
-    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, PRIORS, ROBUST,
-                       WIRES, BACKENDS)
+    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, PRIORS, WIRES,
+                       BACKENDS)
 
 
 def settle_processes(o: Namespace) -> None:

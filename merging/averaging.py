@@ -94,4 +94,4 @@ def least_distance(own: State, other: State, names: Collection[str]) -> float:
         mine, theirs = (state[name].detach().flatten().to(wide_dtype(state[name].device)).sort().values
                         for state in (own, other))
         apart, size = apart + float((theirs - mine).square().sum()), size + float(mine.square().sum())
-    return math.sqrt(apart / size) if size else math.inf * bool(apart)
+    return math.sqrt(apart / size) if size else math.inf if apart else 0.0

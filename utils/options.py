@@ -202,8 +202,8 @@ def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict
 
 
 def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
-                topologies: Iterable[str], exps: dict[int, str], priors: Iterable[str], robust: Sequence[str],
-                wires: Sequence[str], backends: Sequence[str]) -> argparse.ArgumentParser:
+                topologies: Iterable[str], exps: dict[int, str], priors: Iterable[str], wires: Sequence[str],
+                backends: Sequence[str]) -> argparse.ArgumentParser:
     p = parser("main", "Merge the agents' models over a topology and train again, iteration by iteration.\n"
                        "All agents in this process or dealt out to several (--workers, torchrun), with the same "
                        "figures,\nor each on its own (--agent, --exchange), where any may stop and come back.",
@@ -250,7 +250,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--bn_reset", choices=["none", "after", "both", "repair"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well; "
                         "repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)")
-    g.add_argument("--robust", choices=robust, default=robust[0],
+    g.add_argument("--robust", choices=["none", "clip", "trimmed", "median"], default="none",
                    help="average so that some hostile models of several can't move the result far: clip what a "
                         "neighbour's model differs by from one's own (self-centred clipping), or take each "
                         "coordinate's trimmed mean or median; all N merge for themselves then, also fully_connected")

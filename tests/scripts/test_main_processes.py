@@ -1,6 +1,7 @@
 """main.py over several processes: launched, as workers, and as agents on their own that die and come back."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ from merging.permutation import derive_spec, permute, random_permutations
 from models import build_model
 from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
-from utils.files import load_tensors
 from utils.wire import wire_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
@@ -231,7 +231,7 @@ def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterr
 def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path):
     agents = {i: agent(i, tmp_path, "--timeout=6", "--merg_itr=6") for i in range(3)}
     try:
-        wait_for_file("meeting/*/agent_2/iteration_000002.pt", tmp_path)  # a model is published before the merge
+        wait_for_file("meeting/*/agent_2/iteration_000002.model", tmp_path)  # a model is published before the merge
         agents[2].kill()
         agents[2].wait()
         assert [agents[i].wait(timeout=120) for i in (0, 1)] == [0, 0]
@@ -312,7 +312,8 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
             script("main", *flags, f"--agent={i}", f"--merg_itr={iterations}", cwd=tmp_path)
 
     def lend(iteration):
-        return load_tensors(next(tmp_path.glob(f"meeting/*/agent_2/iteration_{iteration:06d}.pt")))["label"]
+        with open(next(tmp_path.glob(f"meeting/*/agent_2/iteration_{iteration:06d}.model")), "rb") as file:
+            return json.loads(file.readline())["label"]
 
     with monkeypatch.context() as dies:
         others(1)
