@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import TINY, script
+import fleet
+from models import build_model
+from tests.helpers import TINY, rows_of, script
 from utils.exchange import HEADER, SharedFolder, forget, read_key, run_name
 from utils.topology import make_topology
+from utils.wire import pack, unpack
 
 RING = make_topology("ring", 3).pi
 LIKE = {"w": torch.zeros(4, 5), "count": torch.tensor(0)}
@@ -550,11 +553,45 @@ def test_a_hostile_agent_costs_the_honest_ones_nothing(tmp_path):
     write(hostile / "iteration_000003.model", json.loads(content[:HEADER]) | {"agent": 2, "iteration": 3},
           content[HEADER:])
     os.mkfifo(hostile / "iteration_000002.model")
-    said = script("main", *flags, "--agent=0", cwd=tmp_path).stdout
+    again = tmp_path / "key_elsewhere"  # where it lies is no option of the run
+    key.rename(again)
+    said = script("main", *flags, "--agent=0", f"--exchange_key={again}", cwd=tmp_path).stdout
     run, = tmp_path.glob("results/**/agent_0")
     merged = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines() if ",merged," in line]
     assert merged == ["1", "2", "3", "4"], said
     for reason in ("its length is wrong", "it is not signed", "it is no regular file"):
         assert said.count(reason) == 1, reason
     assert not any(b"only agents know" in file.read_bytes() for file in tmp_path.rglob("*")
-                   if file.is_file() and file != key)
+                   if file.is_file() and file != again)
+
+
+def test_a_neighbour_that_is_out_of_all_proportion_is_left_out(tmp_path, monkeypatch):
+    """Agent 1's model is far away, agent 2's computes nothing finite, which at last only the merge finds out."""
+    flags = [*TINY, "--num_models=3", "--randominit", "--exp=2", "--opt=DIMAT", "--test_samples=50", "--bn_reset=none",
+             "--exchange=folder:meeting", "--timeout=0", "--match_samples=20", "--agent=0"]
+    script("main", *flags, "--merg_itr=1", cwd=tmp_path)
+    home, = (tmp_path / "meeting").iterdir()
+    content = (home / "agent_0" / "iteration_000001.model").read_bytes()
+    like = build_model("resnet20", 10, in_channels=1, image_size=8, width_multiplier=1).state_dict()
+    honest = unpack(torch.frombuffer(bytearray(content[HEADER:]), dtype=torch.uint8), like, "fp32")
+    hostile = {1: {key: 1e3 * value if value.is_floating_point() else value for key, value in honest.items()},
+               2: {key: 0 * value if "running_var" in key else value for key, value in honest.items()}}
+
+    def publish(agent, iteration):
+        body = pack(hostile[agent], "fp32").numpy().tobytes()
+        write(home / f"agent_{agent}" / f"iteration_{iteration:06d}.model", json.loads(content[:HEADER])
+              | {"agent": agent, "iteration": iteration, "sha256": hashlib.sha256(body).hexdigest()}, body)
+
+    for agent in hostile:
+        (home / f"agent_{agent}").mkdir()
+        publish(agent, 3)
+    monkeypatch.setattr("utils.exchange.SharedFolder.turn", lambda self, iteration, weights: iteration)
+    said = script("main", *flags, "--merg_itr=3", cwd=tmp_path).stdout
+    assert said.count("agent 1's model is 999 times the norm of its own away (--max_distance 10)") == 2
+    assert said.count("agent 2's model makes activations that are not finite: merging without it") == 2
+    monkeypatch.setattr(fleet.Fleet, "has_finite_features", lambda *_: True)
+    publish(2, 4)
+    said = script("main", *flags, "--merg_itr=4", cwd=tmp_path).stdout
+    assert "are not finite; check the images" in said and "it goes on without this merge" in said
+    run, = tmp_path.glob("results/**/agent_0")
+    assert all(row["merged_with"] == "" for row in rows_of(run))
