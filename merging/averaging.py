@@ -91,7 +91,7 @@ def least_distance(own: State, other: State, names: Collection[str]) -> float:
     """
     apart = size = 0.0
     for name in names:
-        mine, theirs = (state[name].detach().flatten().to(wide_dtype(state[name].device)).sort().values
+        mine, theirs = (state[name].detach().flatten().sort().values.to(wide_dtype(state[name].device))
                         for state in (own, other))
         apart, size = apart + float((theirs - mine).square().sum()), size + float(mine.square().sum())
     return math.sqrt(apart / size) if size else math.inf if apart else 0.0
