@@ -271,7 +271,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
                         "others are refused. Without it nobody publishes as one of the agents; who has it can as any")
     g.add_argument("--max_distance", type=number(float, 0), default=10.0, metavar="D",
                    help="agents on their own: leave out a neighbour's model whose parameters, in whatever order of "
-                        "units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20 on digits: "
+                        "units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20, digits: "
                         "neighbours 0.03, an untrained from a trained model 0.45, one with its signs flipped 1.7)")
     g.add_argument("--staleness", type=number(int, 0), default=0, metavar="K",
                    help="agents on their own: use the last model of a neighbour that isn't there, if it is at most K "
