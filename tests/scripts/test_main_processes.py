@@ -337,7 +337,9 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
     (["--agent=3", "--exchange=folder:x"], "0 to 2"), (["--agent=1"], "--exchange"), (["--processes=2"], "give 3"),
     (["--staleness=2"], "--agent or --processes"), (["--agent=0", "--exchange=folder:x", "--workers=2"], "--workers"),
     (["--agent=0", "--exchange=tcp:x"], "folder:PATH"), (["--exchange=folder:x"], "--agent or --processes"),
-    (["--topology=directed.json"], "don't sum to 1")])
+    (["--max_distance=3"], "--agent or --processes"), (["--exchange_key=x"], "--agent or --processes"),
+    (["--processes=3", "--exchange_key=no_such_key"], "no_such_key"),
+    (["--robust=clip", "--bn_reset=repair"], "--robust clip"), (["--topology=directed.json"], "don't sum to 1")])
 def test_contradictions_are_named_before_work(tmp_path, flags, word):
     (tmp_path / "directed.json").write_text(
         '{"directed": true, "connectivity": [[0, 0, 0], [1, 0, 0], [1, 1, 0]]}')
