@@ -528,8 +528,10 @@ def test_a_key_is_a_file_that_others_cannot_read(tmp_path):
     file.chmod(0o600)
     file.write_bytes(b"\n a secret of some length \n")
     assert read_key(file) == b"a secret of some length"
-    with pytest.raises(OSError):
-        read_key(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="not a"):
+            read_key(other)
     with pytest.raises(OSError):
         read_key(tmp_path / "none")
 
