@@ -9,37 +9,28 @@ import math
 import shlex
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Collection, Iterator
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from agents.lifecycle import initial_states, open_run, record, shares
+from agents.local import LocalTrainer, load_agents_data, new_model
 from data.batches import Batches
-from data.datasets import DATASETS, Dataset, some_images
-from data.partition import PARTITIONS
-from lifecycle import (
-    initial_states,
-    is_complete,
-    matrices,
-    open_run,
-    record,
-    settle_options,
-    shares,
-    start_that_matters,
-)
+from data.datasets import Dataset, some_images
+from experiments.checkpoints import State, check_state, digest, digest_of_all
+from experiments.options import base_lines_parser
+from experiments.parsing import parse_once, pick_device
+from experiments.reference import circumstances
+from experiments.run_folder import RunFolder
+from experiments.scripts import run_script
+from experiments.steps import settle, the_run
 from merging.batch_norm import reestimate
-from models import MODELS
-from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
-from optimizers.cga import CGA_FORMS, CGA_SCOPES
-from optimizers.registry import Baseline
-from train import LocalTrainer, load_agents_data, new_model
-from utils import training
-from utils.checkpoint import State, check_state, digest, digest_of_all
-from utils.distributed import (
-    BACKENDS,
+from models import training
+from network.processes import (
     Network,
     connect,
     is_launched,
@@ -47,15 +38,13 @@ from utils.distributed import (
     local_device,
     rank,
 )
-from utils.files import BASELINE_REFERENCE, circumstances
+from network.topology import Topology
+from network.workers import follow_parent
+from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
+from optimizers.registry import Baseline
 from utils.memory import keep_freed_memory
-from utils.options import base_lines_parser, parse_once, pick_device
 from utils.progress import progress
-from utils.results import RunFolder, run_folder
-from utils.scripts import run_script
 from utils.seeds import generator
-from utils.siblings import follow_parent
-from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
 
 
 @dataclass
@@ -158,60 +147,6 @@ def train(fleet: Fleet, folder: RunFolder | None, finished: int) -> None:
         record_and_commit(fleet, folder, iteration, "trained", began, stats, sent, received)
 
 
-def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State], Topology]:
-    """Fill in what follows from other options, and check what contradicts."""
-    baseline = BASELINES[o.opt]
-    if o.epochs % o.num_epochs:
-        raise ValueError(f"--epochs {o.epochs} is no multiple of --num_epochs {o.num_epochs}, the epochs between two "
-                         f"evaluations: give --epochs {math.ceil(o.epochs / o.num_epochs) * o.num_epochs}, say")
-    try:
-        last_lr = o.lr * o.lr_decay ** (o.epochs - 1)
-    except OverflowError:
-        last_lr = math.inf
-    if not math.isfinite(last_lr):
-        raise ValueError(f"--lr_decay {o.lr_decay}: the learning rate is beyond all numbers within {o.epochs} epochs")
-    if o.momentum and not baseline.momentum:
-        have = ", ".join(name for name, other in BASELINES.items() if other.momentum)
-        raise ValueError(f"--momentum {o.momentum}: {o.opt} has none (these have: {have})")
-    if o.amp == "fp16":
-        raise ValueError("--amp fp16 needs its loss scaled, which the baselines don't do: use bf16")
-    o.momentum = (0.9 if o.momentum is None else o.momentum) if baseline.momentum else None
-    if o.opt == "CGA":
-        o.cga_form = o.cga_form or "paper"
-        o.cga_scope = o.cga_scope or ("tensor" if o.cga_form == "authors" else "model")
-    elif o.cga_form or o.cga_scope:
-        raise ValueError(f"--cga_form and --cga_scope belong to --opt=CGA, not to {o.opt}")
-    o.merg_itr, o.merg_itr_init, o.training, o.optim = o.epochs // o.num_epochs, 0, True, "sgd"
-    ckp, made_with, loaded = settle_options(o, agents)
-    topology = make_topology(o.topology, o.num_models, seed=o.seed)
-    if topology.directed and not baseline.directed:
-        able = ", ".join(name for name, other in BASELINES.items() if other.directed)
-        raise ValueError(f"--topology {o.topology} has one-way edges, over which {o.opt} is not made to average: "
-                         f"use {able}, or another topology")
-    every_step = topology.schedule or (topology.pi,)
-    if topology.directed and not (topology.is_connected and all((pi.diagonal() > 0).all() for pi in every_step)):
-        raise ValueError(f"--topology {o.topology}: on one-way edges every agent must reach every other and keep a "
-                         "share of its own (pi[i][i] > 0), or push-sum divides by nothing")
-    return ckp, made_with, loaded, topology
-
-
-def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
-    """Where this run is written, what its config.yaml says, and which of it matters."""
-    config = {k: v for k, v in vars(o).items() if k != "optim"}
-    matter = {**config, **start_that_matters(o, made_with), "epochs": None,  # a run may be made longer
-              "bn_samples": None if o.eval_bn == "running" else o.bn_samples}
-    path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
-    return path, config | matrices(o.topology, topology), matter
-
-
-def is_finished(o: Namespace) -> bool:
-    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
-    if o.overwrite:
-        return False
-    _, made_with, loaded, topology = settle(o, range(o.num_models))
-    return is_complete(*the_run(o, made_with, topology), loaded)
-
-
 def run(o: Namespace, network: Network, device: torch.device, command: str) -> Path:
     """All of it, in every process alike; the first one writes."""
 
@@ -278,15 +213,10 @@ def _wake(fleet: Fleet, states: dict[int, State], last: dict[int, dict | None]) 
     return finished
 
 
-def make_parser() -> ArgumentParser:
-    return base_lines_parser(DATASETS, MODELS, PARTITIONS, BASELINES, [*TOPOLOGIES, *DIRECTED], EXPS, CGA_FORMS,
-                             CGA_SCOPES, BACKENDS)
-
-
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     follow_parent()
-    o = parse_once(make_parser(), argv)
+    o = parse_once(base_lines_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["base_lines.py", *argv])
 
     def work() -> Path:

@@ -2,4 +2,4 @@
 # base_lines.py for every combination of lists of options; ./base_lines.sh --help explains. PYTHON=... picks the interpreter.
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m utils.sweep base_lines "$@"
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m experiments.sweep base_lines "$@"

@@ -16,9 +16,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.plots import LABELS, accuracy_figure
+from experiments.plots import LABELS, accuracy_figure
+from experiments.runs import Curve, accuracy_curve, read_metrics
 from utils.progress import print_anywhere
-from utils.runs import Curve, accuracy_curve, read_metrics
 
 ROOT = Path(__file__).resolve().parent
 METHODS = ("DIMAT", "COMMON", "WA", "NONE")

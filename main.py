@@ -7,45 +7,34 @@ import copy
 import shlex
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.datasets import DATASETS
-from data.partition import PARTITIONS
-from fleet import Fleet
-from lifecycle import (
-    initial_states,
-    is_complete,
-    matrices,
-    open_run,
-    record,
-    settle_options,
-    shares,
-    start_that_matters,
-)
-from merging import METHODS
-from merging.activation_matching import PRIORS
-from models import MODELS
-from train import LocalTrainer, load_agents_data, new_model
-from utils import training
-from utils.checkpoint import check_state, digest, digest_of_all
-from utils.collect import collect
-from utils.distributed import BACKENDS, Network, connect, is_launched, leave, local_device, rank
-from utils.exchange import SharedFolder, forget, read_key
-from utils.files import REFERENCE, circumstances, claim, clear
+from agents.fleet import Fleet
+from agents.lifecycle import initial_states, open_run, record, shares
+from agents.local import LocalTrainer, load_agents_data, new_model
+from experiments.checkpoints import check_state, digest, digest_of_all
+from experiments.collect import collect
+from experiments.merges import options_that_matter, the_run, topology_to_merge_over
+from experiments.options import main_parser
+from experiments.parsing import parse_once, pick_device
+from experiments.reference import REFERENCE, circumstances
+from experiments.run_folder import RunFolder, run_folder
+from experiments.runs import ALONE
+from experiments.scripts import run_script
+from experiments.settle import matrices, settle_options
+from models import training
+from network.folder import SharedFolder, forget, read_key
+from network.processes import Network, connect, is_launched, leave, local_device, rank
+from network.topology import Topology
+from network.workers import end, follow_parent, is_sibling, start, threads_each, wait_for_all, with_workers
+from storage.files import claim, clear
 from utils.memory import keep_freed_memory
-from utils.options import main_parser, parse_once, pick_device
 from utils.progress import progress
-from utils.results import RunFolder, run_folder
-from utils.runs import ALONE, LOCAL_TRAINING
-from utils.scripts import run_script
-from utils.siblings import end, follow_parent, is_sibling, start, threads_each, wait_for_all, with_workers
-from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
-from utils.wire import WIRES
 
 
 def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase: str) -> None:
@@ -103,76 +92,6 @@ def merge_and_train(fleet: Fleet, folder: RunFolder | None, finished: int, phase
         if train := o.training and iteration < o.merg_itr:
             train_phase(iteration)
         commit(iteration, "trained" if train else "merged")
-
-
-def options_that_matter(o: Namespace, made_with: dict) -> dict:
-    """What changes this run's results and is not a level of its path already; None where it has no say."""
-    merges = o.opt != ALONE
-    aligns = merges and METHODS[o.opt].aligned
-    matches = aligns or (merges and METHODS[o.opt].reads_images)
-    reads = matches or o.bn_reset != "none"
-    trains = {} if o.training else dict.fromkeys(LOCAL_TRAINING)
-    return vars(o) | trains | {
-        "match_data": o.match_data if merges and reads else None,
-        "match_samples": o.match_samples if reads else None,
-        "match_augment": o.match_augment if reads else None,
-        "match_at": o.match_at if matches else None,
-        "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
-        "wire": o.wire if merges else None,
-        "link_failure": o.link_failure if merges else None,
-        "robust": o.robust if merges else None,
-        "max_distance": o.max_distance if merges and (o.agent is not None or o.processes) else None,
-        "exchanged_by": None if o.agent is None and not o.processes else "folder",
-    } | start_that_matters(o, made_with)
-
-
-def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
-    """Where this run is written, what its config.yaml says, and which of it matters."""
-    matter = options_that_matter(o, made_with)
-    config = vars(o) | {"exchanged_by": matter["exchanged_by"]} | matrices(o.topology, topology)
-    return run_folder(vars(o), matter), config, matter
-
-
-def is_finished(o: Namespace) -> bool:
-    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
-    if o.overwrite or o.merg_itr_init:
-        return False
-    _, made_with, loaded = settle_options(o, range(o.num_models))
-    return is_complete(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
-
-
-def topology_to_merge_over(o: Namespace) -> Topology:
-    topology = make_topology(o.topology, o.num_models, seed=o.seed)
-    settle_alignment(o, topology)
-    settle_averaging(o)
-    if not topology.is_doubly_stochastic:
-        raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
-                         "what they take to add up to one model")
-    return topology
-
-
-def settle_averaging(o: Namespace) -> None:
-    if o.robust != "none" and o.bn_reset == "repair":
-        raise ValueError("--bn_reset repair takes statistics of every model, hostile ones too: leave it out with "
-                         f"--robust {o.robust}")
-
-
-def settle_alignment(o: Namespace, topology: Topology) -> None:
-    """What --root and --align ask for must be there; methods that don't align themselves have neither."""
-    if o.opt == ALONE or not METHODS[o.opt].aligned:
-        o.align = o.align_every = o.root = None
-        return
-    if o.root is not None and o.root >= o.num_models:
-        raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
-    if o.align == "at_once":
-        together = topology.connectivity.sum() == o.num_models * (o.num_models - 1) and topology.draw is None
-        if not together or topology.schedule or o.match_data != "all":
-            raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "
-                             "--topology fully_connected and --match_data all (--align in_turn does without)")
-        if o.match_prior != "none":
-            raise ValueError(f"--align at_once knows no --match_prior {o.match_prior}: --align in_turn does")
-        if o.agent is not None or o.processes or o.agent_failure or o.link_failure:
-            raise ValueError("--align at_once needs all agents to be there: --align in_turn does without")
 
 
 def run(o: Namespace, network: Network, device: torch.device, command: str) -> Path:
@@ -247,11 +166,6 @@ def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
     return finished, phase
 
 
-def make_parser() -> ArgumentParser:
-    return main_parser(DATASETS, MODELS, PARTITIONS, [*METHODS, ALONE], [*TOPOLOGIES, *DIRECTED], EXPS, PRIORS, WIRES,
-                       BACKENDS)
-
-
 def settle_processes(o: Namespace) -> None:
     """Check which of the ways to be in several processes was asked for."""
     alone = o.agent is not None
@@ -323,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     follow_parent()
     argv = sys.argv[1:] if argv is None else argv
-    o = parse_once(make_parser(), argv)
+    o = parse_once(main_parser(), argv)
     command = shlex.join(["main.py", *argv])
 
     def run_in_group() -> Path:

@@ -2,4 +2,4 @@
 # train.py for every combination of lists of options; ./train.sh --help explains. PYTHON=... picks the interpreter.
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
-PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m utils.sweep train "$@"
+PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m experiments.sweep train "$@"

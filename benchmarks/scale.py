@@ -48,9 +48,9 @@ from data.batches import Batches
 from data.datasets import load_dataset
 from merging.permutation import derive_spec
 from models import build_model
-from utils.distributed import taken
-from utils.topology import DIRECTED, TOPOLOGIES, directed_exponential, make_topology
-from utils.wire import WIRES, wire_bytes
+from network.processes import taken
+from network.topology import DIRECTED, TOPOLOGIES, directed_exponential, make_topology
+from network.wire import WIRES, wire_bytes
 
 METHODS = ("DIMAT", "DIMAT-local", "WM", "WA")
 BATCH = 100
@@ -149,7 +149,7 @@ def start_of_peak() -> int:
 def in_a_process(cell: Cell) -> Cost:
     """`measure` in a fresh process, so that no cell sees what another has allocated."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "data.datasets", "merging", "models", "utils.topology"])
+    context.set_forkserver_preload(["torch", "data.datasets", "merging", "models", "network.topology"])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=report, args=(cell, there))
     process.start()

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from data.datasets import Dataset, ImageSet
-from utils.training import memory_format
+from utils.memory import memory_format
 
 
 class Batches:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.files import lock, open_regular, read_text, save_text, write_atomically
+from storage.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.progress import progress
 from utils.seeds import generator
 

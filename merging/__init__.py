@@ -4,7 +4,6 @@
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,6 @@ from merging.permutation import Permutations, PermutationSpec, derive_spec, inve
 from merging.repair import repair
 from merging.running import is_mixed
 from merging.weight_matching import match_weights
-
-# `python -m merging.permutation` imports this package, and so the module itself, before it runs it: harmless there.
-warnings.filterwarnings("ignore", message=r"'merging\.\w+' found in sys\.modules", category=RuntimeWarning)
 
 BN_RESETS = ("none", "after", "both")
 MATCH_AT = ("last", "all")

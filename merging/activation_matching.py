@@ -18,7 +18,7 @@ from merging.assignment import assign
 from merging.averaging import State, wide_dtype
 from merging.batch_norm import Batches, device_of, images_of
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, invert
-from utils.progress import say
+from merging.progress import say
 
 Edge = tuple[int, int]
 Similarity = dict[str, Tensor]

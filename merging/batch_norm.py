@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from merging.averaging import State
+from merging.progress import progress
 from merging.running import own_copy, run
-from utils.progress import progress
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 

@@ -5,15 +5,13 @@ reordered alike. `derive_spec` finds those tensors: it watches a forward pass, f
 (`merging.tracing`, `merging.units`) and checks what it found by permuting them. The result is data; `permute` applies
 it.
 
-    python -m merging.permutation resnet50
+    python -m experiments.groups resnet50
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +24,6 @@ from torch import Tensor, nn
 from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run
 from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, Watch, tensors_of, tensors_within
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
-from utils.plots import groups_figure
-from utils.progress import print_anywhere
 
 __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read", "UnsupportedOperation", "derive_spec",
            "describe", "identity", "invert", "permute", "random_permutations", "spec_from_axes", "verify"]
@@ -645,57 +641,3 @@ def _place(member: Member) -> str:
     repeat = member.entries.shape[1]
     words += f", {repeat} entries each" if repeat > 1 else ""
     return words + (f", within {member.blocks} blocks" if member.blocks else "")
-
-
-def plot(model: nn.Module, spec: PermutationSpec, path: str | os.PathLike, title: str = "") -> None:
-    """Draw the groups over the model's layers, in order of the state dict (.png, .pdf or .svg)."""
-    matrices = [name for name, tensor in model.state_dict().items() if tensor.ndim > 1]
-    where = {layer: n for n, layer in enumerate(dict.fromkeys(name.removesuffix(".weight") for name in matrices))}
-    groups, makes, reads = {}, [], []
-    for group, members in spec.members.items():
-        if members:  # others are blocks of units, and known by what they hold
-            blocks = f" in {spec.sizes[spec.blocks[group]]} blocks" if group in spec.blocks else ""
-            for member in members:
-                if member.tensor in matrices:
-                    place = len(groups), where[member.tensor.removesuffix(".weight")]
-                    (reads if member.dims == (1,) or member.blocks else makes).append(place)
-            groups[group] = f"({spec.sizes[group]}{blocks})"
-    groups_figure(groups, list(where), makes, reads, path, title)
-
-
-def main(argv: list[str] | None = None) -> None:
-    from models import build_model
-
-    parser = argparse.ArgumentParser(
-        prog="python -m merging.permutation",
-        description="Print the permutation groups of a model, once they have been checked.",
-        epilog="example: python -m merging.permutation tv:densenet121 --image_size 64",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("model", help="resnet20, resnet50, vgg16 or tv:<torchvision model>")
-    parser.add_argument("--num_classes", type=int, default=10)
-    parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--in_channels", type=int, default=3)
-    parser.add_argument("--width_multiplier", type=int, default=8)
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the groups over the model's layers (png, pdf, svg)")
-    print_anywhere()
-    options = parser.parse_args(argv)
-    try:
-        model = build_model(
-            options.model,
-            options.num_classes,
-            in_channels=options.in_channels,
-            image_size=options.image_size,
-            width_multiplier=options.width_multiplier,
-        )
-        spec = derive_spec(model, torch.empty(1, options.in_channels, options.image_size, options.image_size))
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    print(describe(spec))
-    if options.plot:
-        plot(model, spec, options.plot, f"{options.model}: {len(spec.sizes)} groups")
-        print(f"drawn: {options.plot}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.training import Diverged, EpochStats, all_finite, autocast
 from utils.seeds import generator
-from utils.training import Diverged, EpochStats, all_finite, autocast
 
 Batch = Sequence[Tensor]
 

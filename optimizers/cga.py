@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from network.processes import Mail
 from optimizers.agent import Agent
 from optimizers.cdsgd import combine, heavy_ball
 from optimizers.registry import Neighbourhood, Settings, Step, register_baseline
-from utils.distributed import Mail
 
 CGA_FORMS = ("paper", "authors")
 CGA_SCOPES = ("model", "tensor")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from utils.distributed import Arriving, Mail, Network
+from network.processes import Arriving, Mail, Network
 
 if TYPE_CHECKING:
     from optimizers.agent import Agent

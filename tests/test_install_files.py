@@ -106,8 +106,8 @@ from merging import merge, register_method
 from merging.permutation import random_permutations
 from models import build_model, register_model
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, register_baseline, take_step
-from utils.distributed import OneProcess
-from utils.topology import make_topology, register_topology
+from network.processes import OneProcess
+from network.topology import make_topology, register_topology
 """
 EXTENSION_USES = """
 y = load_dataset("bright_digits").train.labels.numpy()

@@ -106,7 +106,7 @@ def test_the_digits_are_scikit_learns(monkeypatch):
 
 def test_a_start_imports_nothing_that_takes_seconds(tmp_path):
     code = """
-import sys, base_lines, main, train, models, utils.sweep, data.datasets
+import sys, base_lines, main, train, models, experiments.sweep, data.datasets
 data.datasets.load_dataset("digits", ".")
 for name in ("resnet20", "vgg16"):
     models.build_model(name, 10, width_multiplier=1)

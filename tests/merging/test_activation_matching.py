@@ -11,7 +11,7 @@ from torch import nn
 from merging import activation_matching
 from merging.activation_matching import Correlation, _blocks, match_activations
 from merging.permutation import derive_spec, permute, random_permutations
-from utils.topology import make_topology
+from network.topology import make_topology
 
 
 def oracle(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:

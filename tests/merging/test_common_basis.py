@@ -15,7 +15,7 @@ from merging.batch_norm import reestimate
 from merging.common_basis import CommonBasis, align, between, universe
 from merging.permutation import derive_spec, identity, invert, permute, random_permutations
 from models import build_model
-from utils.topology import make_topology
+from network.topology import make_topology
 
 SIZE = 16
 

@@ -18,7 +18,6 @@ from merging.permutation import (
     describe,
     identity,
     invert,
-    main,
     nest,
     permute,
     permute_tensor,
@@ -628,16 +627,7 @@ def test_what_was_read_stays_when_the_tensor_is_changed_in_place(kind):
         torch.testing.assert_close(first, rows(model.conv1(x)[:, : spec.sizes[group]]))
 
 
-def test_the_command_line_prints_and_draws_groups_sizes_and_members(capsys, tmp_path):
-    main(["resnet20", "--width_multiplier", "1"])
-    printed = capsys.readouterr().out
-    assert "layer1.0.conv1: 16 units\n    layer1.0.conv1.weight dim 0\n" in printed
-    assert "12 groups, 448 units\nfixed: conv1.weight dim 1 (" in printed
-    main(["resnet20", "--width_multiplier", "1", "--plot", str(tmp_path / "groups.png")])
-    assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG") and "drawn: " in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        main(["nonesuch"])
-    assert stop.value.code == 2 and "nonesuch" in capsys.readouterr().err
+def test_a_description_names_blocks():
     spec = derive_spec(Grouped(), torch.zeros(1, 3, 8, 8))
     described = describe(spec)
     assert "reduce.0: 12 units in 4 blocks, those of blocks of reduce.0\n" in described and "within 4" in described

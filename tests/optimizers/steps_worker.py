@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from network.processes import connect
+from network.topology import DIRECTED, make_topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
-from utils.distributed import connect
-from utils.topology import DIRECTED, make_topology
 
 AGENTS, STEPS = 4, 4
 CASES = [

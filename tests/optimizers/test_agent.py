@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import build_model
+from models.training import Diverged
+from network.processes import OneProcess
+from network.topology import make_topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
-from utils.distributed import OneProcess
-from utils.topology import make_topology
-from utils.training import Diverged
 
 
 def net(seed=0):

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from network.processes import OneProcess
+from network.topology import make_topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.cga import _shares, project
-from utils.distributed import OneProcess
-from utils.topology import make_topology
 
 N, LR = 4, 0.05
 

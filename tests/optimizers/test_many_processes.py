@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
+from network.processes import OneProcess
+from network.topology import make_topology
 from optimizers import BASELINES, FlatModel
 from tests.helpers import ROOT
 from tests.optimizers.steps_worker import AGENTS, CASES, STEPS, model, run_cases
-from utils.distributed import OneProcess
-from utils.topology import make_topology
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from network.processes import OneProcess
+from network.topology import DIRECTED, Topology, make_topology, push_weights
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
-from utils.distributed import OneProcess
-from utils.topology import DIRECTED, Topology, make_topology, push_weights
 
 N, D, LR, MOMENTUM = 5, 3, 0.1, 0.7
 

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 import main
-import train
+from agents import local
 from data.partition import make_partition
-from utils.distributed import connect, rank
+from experiments.options import main_parser
+from network.processes import connect, rank
 
 AGENTS = 4
 CASES = {
@@ -66,7 +67,7 @@ def watch_the_wire() -> Counter:
 
 def poison_others(agents) -> None:
     """From now on, the training images of all agents but these are noise, another in every process."""
-    load = train.load_dataset
+    load = local.load_dataset
 
     def poisoned(*args):
         dataset = load(*args)
@@ -79,7 +80,7 @@ def poison_others(agents) -> None:
                 images[part] = torch.randint(256, images[part].shape, generator=generator, dtype=images.dtype)
         return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images))
 
-    train.load_dataset = poisoned
+    local.load_dataset = poisoned
 
 
 if __name__ == "__main__":
@@ -92,7 +93,7 @@ if __name__ == "__main__":
             poison_others(network.agents)
         for case in cases:
             before = Counter(seen)
-            o = main.make_parser().parse_args(arguments(checkpoints, folder, case))
+            o = main_parser().parse_args(arguments(checkpoints, folder, case))
             main.run(o, network, torch.device("cpu"), "merge_worker")
             done[case] = dict(seen - before)
         torch.save({"agents": network.agents, "sent": done}, folder / f"process_{rank()}.pt")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from base_lines import batch_stream, make_parser, steps_of_an_epoch
+from base_lines import batch_stream, steps_of_an_epoch
 from data.batches import Batches
 from data.datasets import load_dataset
-from models import build_model
+from experiments.options import base_lines_parser
+from models import build_model, training
+from network.topology import Topology, push_weights
 from tests.helpers import TINY, children, equal, equal_runs, folder_of, launched, process, rows_of, script, wait_for
-from utils import training
-from utils.topology import Topology, push_weights
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
 RUN = [*START, "--epochs=4"]
@@ -150,7 +150,7 @@ def test_everybody_takes_the_same_steps_and_streams_go_on():
     assert steps_of_an_epoch(parts, 10) == 5  # 135 images in steps of 30
     assert steps_of_an_epoch([np.arange(10)], 100) == 1
     dataset = load_dataset("digits", train_samples=100)
-    options = make_parser().parse_args(["--batch_size=4"])
+    options = base_lines_parser().parse_args(["--batch_size=4"])
     whole = list(itertools.islice(batch_stream(options, dataset, np.arange(10), 1, 0), 9))
     assert [len(y) for _, y in whole] == [4, 4, 2] * 3
     for one in range(3):  # every pass shows each image once

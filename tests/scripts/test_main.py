@@ -13,15 +13,15 @@ import pytest
 import torch
 import yaml
 
+from agents.local import LocalTrainer, load_agents_data, new_model
 from data.batches import Batches
 from data.datasets import load_dataset
-from lifecycle import settle_options
-from main import make_parser
+from experiments.options import main_parser
+from experiments.settle import settle_options
 from merging.batch_norm import reestimate
+from network.topology import make_topology
+from storage.files import claim, save_text
 from tests.helpers import equal, equal_runs, folder_of, process, rows_of, script
-from train import LocalTrainer, load_agents_data, new_model
-from utils.files import claim, save_text
-from utils.topology import make_topology
 
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
 
@@ -146,7 +146,7 @@ def test_agents_alone_reestimate_batch_norm_on_their_own_images(checkpoints, tmp
     command = [*RUN, f"--ckp={checkpoints}", "--merg_itr=1", "--opt=NONE", "--match_data=all"]
     folder = folder_of(script("main", *command, cwd=tmp_path), tmp_path)
     as_it_was = folder_of(script("main", *command, "--bn_reset=none", cwd=tmp_path), tmp_path)
-    o = make_parser().parse_args(command)
+    o = main_parser().parse_args(command)
     settle_options(o, range(4))
     dataset, train_parts, _ = load_agents_data(o, torch.device("cpu"))
     for i in range(4):

@@ -1,7 +1,6 @@
 """main.py over several processes: launched, as workers, and as agents on their own that die and come back."""
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -17,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import options
 from merging.permutation import derive_spec, permute, random_permutations
 from models import build_model
+from network import processes
+from network.wire import wire_bytes
 from tests.helpers import (
     TINY,
     children,
@@ -32,8 +34,6 @@ from tests.helpers import (
     wait_until_gone,
 )
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
-from utils import distributed
-from utils.wire import wire_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 torchrun = ("torch.distributed.run", "--standalone")
@@ -203,11 +203,11 @@ def test_who_waits_says_for_whom_and_which_variables_ask_for_it(monkeypatch, cap
     if not mute:
         listening.close()
     asks_for_a_group(monkeypatch, RANK=rank, MASTER_PORT=str(port))
-    monkeypatch.setattr(distributed, "IN_SILENCE", 0.2)
-    monkeypatch.setattr(distributed, "STARTING", 0.5)
+    monkeypatch.setattr(processes, "IN_SILENCE", 0.2)
+    monkeypatch.setattr(processes, "STARTING", 0.5)
     place = f"127.0.0.1:{port}"
     with pytest.raises(ValueError, match=re.escape(f"{missing} did not come to {place} within 0.5 s")), \
-            distributed.connect(5, torch.device("cpu"), "auto", timeout=0.1):
+            processes.connect(5, torch.device("cpu"), "auto", timeout=0.1):
         pass
     assert capfd.readouterr().err == (f"note: RANK={rank}, WORLD_SIZE=2: waiting for {missing} at {place}; "
                                       "unset RANK and WORLD_SIZE to run as one process\n")
@@ -218,7 +218,7 @@ def test_who_waits_says_for_whom_and_which_variables_ask_for_it(monkeypatch, cap
 
 def test_a_launched_group_has_an_agent_for_each_process_unless_it_is_told(monkeypatch):
     def agents(name: str, *flags: str) -> int:
-        return importlib.import_module(name).make_parser().parse_args(list(flags)).num_models
+        return getattr(options, f"{name}_parser")().parse_args(list(flags)).num_models
 
     scripts = ("train", "main", "base_lines")
     assert [agents(name) for name in scripts] == [5, 5, 5]
@@ -308,7 +308,7 @@ def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterr
             running.kill()
             running.wait()
     run = next(tmp_path.glob("results/**/agent_0")).parent
-    script("utils.collect", str(run), cwd=tmp_path)
+    script("experiments.collect", str(run), cwd=tmp_path)
     same_but_for_what_nobody_knows(uninterrupted, run)
 
 
@@ -335,7 +335,7 @@ def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path
     assert merged[0] | {"1": "", "2": ""} == {"1": "", "2": "", "3": "1", "4": "1", "5": "1", "6": "1"}
     assert merged[0]["1"] == merged[0]["2"] == "1 2"
     assert merged[2]["6"] == "0 1" and "5" not in merged[2]
-    script("utils.collect", str(run), cwd=tmp_path)
+    script("experiments.collect", str(run), cwd=tmp_path)
     assert len(list(csv.DictReader((run / "accuracy_matrix/iteration_0006_merged.csv").open()))) == 3
 
 
@@ -402,7 +402,7 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
 
     with monkeypatch.context() as dies:
         others(1)
-        dies.setattr("utils.results.RunFolder.commit", lambda *_, **__: sys.exit("dies"))
+        dies.setattr("experiments.run_folder.RunFolder.commit", lambda *_, **__: sys.exit("dies"))
         script("main", *flags, "--agent=2", cwd=tmp_path, check=False)
         label["aligned"] = lend(1)
     others(3)

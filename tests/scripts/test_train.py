@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from agents.local import LocalTrainer
 from data.datasets import DATASETS, load_dataset
 from data.partition import PARTITIONS
+from experiments.options import train_parser
 from models import MODELS, build_model
+from storage.files import save_tensors
 from tests.helpers import TINY, process, script
-from train import LocalTrainer
-from utils.files import save_tensors
-from utils.options import train_parser
 
 RUN = [*TINY, "--num_models=2", "--epochs=4"]
 

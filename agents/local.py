@@ -1,0 +1,73 @@
+"""An agent's data, and how it trains and is evaluated."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.batches import Batches
+from data.datasets import Dataset, load_dataset
+from data.partition import make_partition
+from models import build_model, training
+from utils.memory import memory_format
+from utils.progress import progress
+from utils.seeds import generator
+
+EVAL_BATCH = 500
+
+
+def load_agents_data(o: Namespace, device: torch.device,
+                     only: Collection[int] | None = None) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """The data set on `device` and the indices of every agent's training and test images.
+
+    only: agents besides whose training images none is kept (the others have no indices then).
+    """
+    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout, o.test_samples)
+    seed = o.seed if o.partition_seed is None else o.partition_seed
+    train_parts, test_parts = make_partition(
+        o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
+        num_classes=dataset.num_classes, alpha=o.alpha or 0.5, seed=seed, phase=o.phase)
+    if only is not None and len(only) < o.num_models:
+        kept = np.sort(np.concatenate([train_parts[i] for i in only]))
+        dataset = dataset.with_only(kept)
+        train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
+    return dataset.to(device), train_parts, test_parts
+
+
+def new_model(o: Namespace, dataset: Dataset, seed: int | None = None) -> nn.Module:
+    return build_model(o.model, dataset.num_classes, in_channels=dataset.in_channels,
+                       image_size=dataset.image_size, width_multiplier=o.width_multiplier, seed=seed)
+
+
+class LocalTrainer:
+    """Trains one agent after the other in one working model, so that memory doesn't grow with their number."""
+
+    def __init__(self, model: nn.Module, dataset: Dataset, o: Namespace, device: torch.device):
+        self.model = model.to(device, memory_format=memory_format(device))
+        self.fast = torch.compile(self.model) if o.compile else self.model
+        self.dataset, self.o, self.device = dataset, o, device
+
+    def fresh_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+        o = self.o
+        scaler = torch.amp.GradScaler(self.device.type) if o.amp == "fp16" else None
+        return training.make_optimizer(self.model, o.optim, o.lr, o.momentum, o.weight_decay), scaler
+
+    def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler) -> training.EpochStats:
+        """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
+        batches = Batches(self.dataset, self.dataset.train, indices, self.o.batch_size, shuffle=True, augment=True,
+                          make_generator=lambda: generator(self.o.seed, *seed_path))
+        bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
+        torch.manual_seed(generator(self.o.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
+        try:
+            return training.train_epoch(self.fast, bar, optimizer, self.o.amp, scaler)
+        except ValueError as error:  # BatchNorm can't be trained on one value per channel
+            raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
+                             f"{self.o.batch_size}): {error}") from error
+
+    def evaluate(self, images, indices=None) -> training.Evaluation:
+        batches = Batches(self.dataset, images, indices, EVAL_BATCH)
+        return training.evaluate(self.fast, progress(batches, "evaluation", total=len(batches)))

@@ -1,0 +1,1 @@
+"""What an experiment is: its options, its folders, and what is made of them."""

@@ -1,0 +1,133 @@
+"""The agents' checkpoints: where they lie, what they were made with, and whether they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from argparse import ArgumentParser
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.parsing import as_typed
+from experiments.reference import REFERENCE, SHORT, variant
+from network.wire import State
+from storage.files import level, load_tensors, load_yaml
+
+INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
+
+
+def checkpoint_folder(o: dict[str, Any]) -> Path:
+    """The documented path of train.py's checkpoints for its options `o`."""
+    init = "same" if o["init_seed"] else "diff"
+    halves = o["data_dist"] == "non-iid-PF" and o["phase"] != "pretrain"
+    dealt_anew = None if o.get("partition_seed") == o["seed"] else o.get("partition_seed")
+    unusual = variant(o | {"phase": o["phase"] if halves else None, "partition_seed": dealt_anew})
+    parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
+             f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
+    return Path(o["save_folder"]).joinpath(*map(level, filter(None, parts)))
+
+
+# What `checkpoint_folder` makes, and nothing else: any folder above may be called `lr=0.1,seed=3`.
+LEVELS = re.compile(r"/(?P<dataset>[^/]+)/(?P<model>[^/]+)/(?P<init_seed>same|diff)_initialization/"
+                    r"models_no(?P<num_models>\d+)/data_dist_(?P<data_dist>[^/]+)/num_epochs_(?P<epochs>\d+)/"
+                    r"(?:(?P<unusual>[^/]*=[^/]*)/)?random_seed_(?P<seed>\d+)$")
+
+
+def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
+    """What the checkpoints in `folder` were made with: its config.yaml, else what the documented path says.
+
+    parser: train.py's. Raises ValueError for what could not have been given to it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--ckp {folder} is not a folder: give the one that train.py printed")
+    said = {}
+    if found := LEVELS.search(folder.resolve().as_posix()):
+        said = found.groupdict() | {"init_seed": found["init_seed"] == "same"}
+        names = {short: key for key, short in SHORT.items()}
+        settings = (setting.partition("=") for setting in (said.pop("unusual") or "").split(","))
+        said |= {names.get(key, key): value for key, _, value in settings if names.get(key, key) in REFERENCE}
+    config = folder / "config.yaml"
+    return as_typed(parser, said, f"the path {folder}") | as_typed(parser, load_yaml(config), str(config))
+
+
+def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> None:
+    """Fill `options` that were not given from what the checkpoint was made with.
+
+    Raises ValueError when an option was given and differs: the agents would continue on other agents' data.
+    """
+    for key in ("dataset", "model"):
+        theirs, ours = made_with.get(key), options[key]
+        if theirs is not None and theirs.replace(":", "_") != ours.replace(":", "_"):
+            raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
+    for key in INHERITED:
+        theirs = made_with.get(key)
+        if options[key] is None:
+            options[key] = theirs
+        elif theirs is not None and options[key] != theirs:
+            raise ValueError(f"--{key} {options[key]} contradicts {source}, which was made with {key}={theirs}: "
+                             "leave the option out or give other checkpoints")
+
+
+def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[int, State]:
+    """The models of `agents` on the CPU, out of model_0.pth ... of exactly `num_models`.
+
+    An agent that is here on its own may have a folder with nothing but its own model.
+    """
+    found = {file.name for file in folder.glob("model_*.pth")}
+    if len(found) != num_models and found != {f"model_{i}.pth" for i in agents}:
+        raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
+    return {i: plain(load_tensors(folder / f"model_{i}.pth"), folder / f"model_{i}.pth") for i in agents}
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+PREFIXES = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
+
+def plain(state: Any, file: Path) -> State:
+    """`state` itself, if it is a state dict as torch.save(model.state_dict()) leaves it. ValueError, that says what to
+    do, for the other ways in which people keep models."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{file} is not a state dict but a {type(state).__name__}: torch.save model.state_dict()")
+    for key in WRAPPERS:
+        if isinstance(state.get(key), dict):
+            raise ValueError(f"{file} is not a state dict, but holds one under {key!r}: torch.save that alone")
+    for prefix, source in PREFIXES.items():
+        if state and all(key.startswith(prefix) for key in state):
+            raise ValueError(f"{file}: all its names begin with {prefix!r}, which {source} puts there: torch.save the "
+                             "tensors without it")
+    return state
+
+
+def digest(state: State) -> str:
+    """A short name for exactly this model."""
+    content = hashlib.sha256()
+    for key, value in state.items():
+        content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()[:12]
+
+
+def digest_of_all(digests: Mapping[int, str]) -> str:
+    """A short name for all agents' models, from those of each."""
+    return hashlib.sha256(" ".join(digests[i] for i in sorted(digests)).encode()).hexdigest()[:12]
+
+
+def check_state(state: State, template: State, name: str) -> None:
+    """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{name} is not a state dict")
+    missing = sorted(template.keys() ^ state.keys())
+    if missing and all(key.endswith("num_batches_tracked") and key in template for key in missing):
+        raise ValueError(f"{name} lacks {missing[0]} ({len(missing)} such keys): add them as torch.tensor(0)")
+    if missing:
+        raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
+                         f"({len(missing)} such keys)")
+    for key, expected in template.items():
+        if state[key].shape != expected.shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(state[key].shape)}, this model's is "
+                             f"{tuple(expected.shape)} (another width, number of classes or image size?)")
+        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+            raise ValueError(f"{name}: {key} holds NaN or infinite values")

@@ -1,0 +1,82 @@
+"""A run of main.py: its options settled, where it is written, and whether it is finished."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from experiments.run_folder import run_folder
+from experiments.runs import ALONE, LOCAL_TRAINING
+from experiments.settle import is_complete, matrices, settle_options, start_that_matters
+from merging import METHODS
+from network.topology import Topology, make_topology
+
+
+def options_that_matter(o: Namespace, made_with: dict) -> dict:
+    """What changes this run's results and is not a level of its path already; None where it has no say."""
+    merges = o.opt != ALONE
+    aligns = merges and METHODS[o.opt].aligned
+    matches = aligns or (merges and METHODS[o.opt].reads_images)
+    reads = matches or o.bn_reset != "none"
+    trains = {} if o.training else dict.fromkeys(LOCAL_TRAINING)
+    return vars(o) | trains | {
+        "match_data": o.match_data if merges and reads else None,
+        "match_samples": o.match_samples if reads else None,
+        "match_augment": o.match_augment if reads else None,
+        "match_at": o.match_at if matches else None,
+        "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
+        "wire": o.wire if merges else None,
+        "link_failure": o.link_failure if merges else None,
+        "robust": o.robust if merges else None,
+        "max_distance": o.max_distance if merges and (o.agent is not None or o.processes) else None,
+        "exchanged_by": None if o.agent is None and not o.processes else "folder",
+    } | start_that_matters(o, made_with)
+
+
+def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
+    """Where this run is written, what its config.yaml says, and which of it matters."""
+    matter = options_that_matter(o, made_with)
+    config = vars(o) | {"exchanged_by": matter["exchanged_by"]} | matrices(o.topology, topology)
+    return run_folder(vars(o), matter), config, matter
+
+
+def is_finished(o: Namespace) -> bool:
+    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+    if o.overwrite or o.merg_itr_init:
+        return False
+    _, made_with, loaded = settle_options(o, range(o.num_models))
+    return is_complete(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
+
+
+def topology_to_merge_over(o: Namespace) -> Topology:
+    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    settle_alignment(o, topology)
+    settle_averaging(o)
+    if not topology.is_doubly_stochastic:
+        raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
+                         "what they take to add up to one model")
+    return topology
+
+
+def settle_averaging(o: Namespace) -> None:
+    if o.robust != "none" and o.bn_reset == "repair":
+        raise ValueError("--bn_reset repair takes statistics of every model, hostile ones too: leave it out with "
+                         f"--robust {o.robust}")
+
+
+def settle_alignment(o: Namespace, topology: Topology) -> None:
+    """What --root and --align ask for must be there; methods that don't align themselves have neither."""
+    if o.opt == ALONE or not METHODS[o.opt].aligned:
+        o.align = o.align_every = o.root = None
+        return
+    if o.root is not None and o.root >= o.num_models:
+        raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
+    if o.align == "at_once":
+        together = topology.connectivity.sum() == o.num_models * (o.num_models - 1) and topology.draw is None
+        if not together or topology.schedule or o.match_data != "all":
+            raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "
+                             "--topology fully_connected and --match_data all (--align in_turn does without)")
+        if o.match_prior != "none":
+            raise ValueError(f"--align at_once knows no --match_prior {o.match_prior}: --align in_turn does")
+        if o.agent is not None or o.processes or o.agent_failure or o.link_failure:
+            raise ValueError("--align at_once needs all agents to be there: --align in_turn does without")

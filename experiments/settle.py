@@ -1,0 +1,82 @@
+"""What main.py and base_lines.py are asked for: where the agents start, and what of that changes a run's results."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection
+from pathlib import Path
+
+from experiments.checkpoints import State, describe, digest, digest_of_all, inherit, load_states
+from experiments.options import train_parser
+from experiments.reference import circumstances
+from experiments.run_folder import committed, contradictions
+from experiments.trainings import fill_defaults
+from models import infer_width
+from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
+from storage.files import load_yaml
+
+
+def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State]]:
+    """Fill in what follows from the checkpoint, and check what contradicts.
+
+    Returns its folder, its description and the models of `agents`.
+    """
+    if o.exp is not None and o.topology is not None:
+        raise ValueError(f"--exp {o.exp} and --topology {o.topology} both name the topology: give one")
+    o.topology = o.topology or EXPS[o.exp or 1]
+    made_with, loaded, ckp = {}, {}, Path(o.ckp) if o.ckp is not None else None
+    if o.merg_itr_init >= o.merg_itr:
+        raise ValueError(f"--merg_itr_init {o.merg_itr_init} leaves nothing to do of --merg_itr {o.merg_itr}")
+    if o.diffinit and not o.randominit:
+        raise ValueError("--diffinit belongs to --randominit: the models come from --ckp here")
+    if ckp is None and not o.randominit:
+        raise ValueError("--ckp is missing: give the folder that train.py printed, or --randominit")
+    if ckp is not None:  # random models too learn on the data that the checkpoint's would
+        made_with = describe(ckp, train_parser())
+        inherit(vars(o), made_with, f"--ckp {ckp}")
+        if o.randominit and made_with.get("num_models", o.num_models) != o.num_models:
+            raise ValueError(f"--num_models {o.num_models}: {ckp} deals its data to {made_with['num_models']} agents")
+        if o.partition_seed is None:
+            o.partition_seed = made_with.get("seed")
+        if not o.randominit:
+            loaded = load_states(ckp, o.num_models, agents)
+            if o.width_multiplier is None:
+                o.width_multiplier = infer_width(o.model, next(iter(loaded.values())))
+    fill_defaults(o)
+    return ckp, made_with, loaded
+
+
+def start_that_matters(o: Namespace, made_with: dict) -> dict:
+    """What of the data and of the first models changes a run's results and is not a level of its path already."""
+    return {
+        "partition_seed": o.partition_seed if o.partition_seed != o.seed else None,
+        "phase": o.phase if o.data_dist == "non-iid-PF" and o.phase != "finetune" else None,
+    } | ({} if o.randominit else {
+        "pretrain_epochs": made_with.get("epochs"),
+        "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
+        "pretrain_init": "same" if made_with.get("init_seed") else None,
+    })
+
+
+def free_options(matter: dict) -> set[str]:
+    """Those that have no say in this run."""
+    return {key for key, value in matter.items() if value is None}
+
+
+def is_complete(path: Path, config: dict, matter: dict, loaded: dict[int, State]) -> bool:
+    """Whether a folder holds just this run, from the `loaded` models on, with nothing left to do."""
+    if loaded:
+        config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
+    old, state, metrics = load_yaml(path / "config.yaml"), committed(path), path / "metrics.csv"
+    if not (old and state and metrics.exists()) or contradictions(old, config, free_options(matter)):
+        return False
+    # Random models are the same as then if torch is.
+    return (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size
+            and bool(loaded or old.get("versions") == circumstances("")["versions"]))
+
+
+def matrices(name: str, topology: Topology) -> dict[str, list]:
+    """For config.yaml, the mixing matrices of a topology that was read from files, as these may change."""
+    if name in TOPOLOGIES | DIRECTED:
+        return {}
+    return {"pi": [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()}

@@ -1,0 +1,69 @@
+"""A run of base_lines.py: its options settled, where it is written, and whether it is finished."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Collection
+from pathlib import Path
+
+from experiments.checkpoints import State
+from experiments.reference import BASELINE_REFERENCE
+from experiments.run_folder import run_folder
+from experiments.settle import is_complete, matrices, settle_options, start_that_matters
+from network.topology import Topology, make_topology
+from optimizers import BASELINES
+
+
+def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State], Topology]:
+    """Fill in what follows from other options, and check what contradicts."""
+    baseline = BASELINES[o.opt]
+    if o.epochs % o.num_epochs:
+        raise ValueError(f"--epochs {o.epochs} is no multiple of --num_epochs {o.num_epochs}, the epochs between two "
+                         f"evaluations: give --epochs {math.ceil(o.epochs / o.num_epochs) * o.num_epochs}, say")
+    try:
+        last_lr = o.lr * o.lr_decay ** (o.epochs - 1)
+    except OverflowError:
+        last_lr = math.inf
+    if not math.isfinite(last_lr):
+        raise ValueError(f"--lr_decay {o.lr_decay}: the learning rate is beyond all numbers within {o.epochs} epochs")
+    if o.momentum and not baseline.momentum:
+        have = ", ".join(name for name, other in BASELINES.items() if other.momentum)
+        raise ValueError(f"--momentum {o.momentum}: {o.opt} has none (these have: {have})")
+    if o.amp == "fp16":
+        raise ValueError("--amp fp16 needs its loss scaled, which the baselines don't do: use bf16")
+    o.momentum = (0.9 if o.momentum is None else o.momentum) if baseline.momentum else None
+    if o.opt == "CGA":
+        o.cga_form = o.cga_form or "paper"
+        o.cga_scope = o.cga_scope or ("tensor" if o.cga_form == "authors" else "model")
+    elif o.cga_form or o.cga_scope:
+        raise ValueError(f"--cga_form and --cga_scope belong to --opt=CGA, not to {o.opt}")
+    o.merg_itr, o.merg_itr_init, o.training, o.optim = o.epochs // o.num_epochs, 0, True, "sgd"
+    ckp, made_with, loaded = settle_options(o, agents)
+    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+    if topology.directed and not baseline.directed:
+        able = ", ".join(name for name, other in BASELINES.items() if other.directed)
+        raise ValueError(f"--topology {o.topology} has one-way edges, over which {o.opt} is not made to average: "
+                         f"use {able}, or another topology")
+    every_step = topology.schedule or (topology.pi,)
+    if topology.directed and not (topology.is_connected and all((pi.diagonal() > 0).all() for pi in every_step)):
+        raise ValueError(f"--topology {o.topology}: on one-way edges every agent must reach every other and keep a "
+                         "share of its own (pi[i][i] > 0), or push-sum divides by nothing")
+    return ckp, made_with, loaded, topology
+
+
+def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
+    """Where this run is written, what its config.yaml says, and which of it matters."""
+    config = {k: v for k, v in vars(o).items() if k != "optim"}
+    matter = {**config, **start_that_matters(o, made_with), "epochs": None,  # a run may be made longer
+              "bn_samples": None if o.eval_bn == "running" else o.bn_samples}
+    path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
+    return path, config | matrices(o.topology, topology), matter
+
+
+def is_finished(o: Namespace) -> bool:
+    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+    if o.overwrite:
+        return False
+    _, made_with, loaded, topology = settle(o, range(o.num_models))
+    return is_complete(*the_run(o, made_with, topology), loaded)

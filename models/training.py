@@ -1,0 +1,141 @@
+"""Local training and evaluation of one model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import NoneType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storage.files import mismatch
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The training loss, or what it made of the model, is not finite."""
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Running averages over an epoch, as the model changed."""
+
+    loss: float
+    accuracy: float  # percent
+    samples: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per image, in the data set's order: was it right, and the cross-entropy."""
+
+    correct: Tensor  # bool (n,)
+    losses: Tensor  # float32 (n,)
+
+    def accuracy(self, indices=None) -> float:
+        """Percent right of all images or of those at `indices`; NaN for none."""
+        chosen = self.correct if indices is None else self.correct[torch.as_tensor(indices, dtype=torch.long)]
+        return 100.0 * chosen.double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        return self.losses.double().mean().item()
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float):
+    """`name`: adam or sgd. Momentum belongs to sgd alone."""
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+# What an optimiser keeps of each parameter: tensors of its shape, or of a single entry.
+KEPT = {torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+        torch.optim.SGD: {"momentum_buffer?": (Tensor, NoneType)}}
+
+
+def misfit(optimizer: torch.optim.Optimizer, saved: dict) -> str | None:
+    """Why a state dict {"state": ..., "param_groups": ...} can't be loaded into this optimiser; None if it can."""
+    ours = optimizer.state_dict()["param_groups"]
+    if len(saved["param_groups"]) != len(ours):
+        return "its optimiser has other groups of parameters"
+    for own, their in zip(ours, saved["param_groups"], strict=True):
+        if differs := [key for key in own.keys() & their.keys() if own[key] != their[key]]:  # other versions have more
+            return f"its optimiser has another {min(differs)}"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for k, kept in saved["state"].items():
+        where = f"its optimiser's entry {k!r}"
+        if type(k) is not int or not 0 <= k < len(parameters):
+            return f"{where} is of no parameter"
+        if wrong := mismatch(kept, KEPT[type(optimizer)], where):
+            return wrong
+        if any(t is not None and t.numel() != 1 and t.shape != parameters[k].shape for t in kept.values()):
+            return f"{where} has another shape than its parameter"
+    return None
+
+
+def autocast(device: torch.device, amp: str):
+    return torch.autocast(device.type, dtype=AMP[amp]) if amp != "none" else contextlib.nullcontext()
+
+
+def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
+                amp: str = "none", scaler: torch.amp.GradScaler | None = None) -> EpochStats:
+    """One pass of cross-entropy training over `batches` of (x (B,C,H,W), y (B,)).
+
+    Raises Diverged when the loss or the model is not finite any more; that is looked at once per epoch, so that the
+    device never waits.
+    """
+    model.train()
+    loss_sum = right = None
+    samples = steps = 0
+    for x, y in batches:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(x.device, amp):
+            scores = model(x)
+            loss = F.cross_entropy(scores, y)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        with torch.no_grad():
+            batch_loss, batch_right = loss.detach() * len(y), (scores.argmax(1) == y).sum()
+            loss_sum = batch_loss if loss_sum is None else loss_sum + batch_loss
+            right = batch_right if right is None else right + batch_right
+        samples, steps = samples + len(y), steps + 1
+    mean = float(loss_sum) / samples
+    if not math.isfinite(mean):
+        raise Diverged(f"the training loss became {mean}: try a smaller --lr")
+    if not all_finite(model):
+        raise Diverged("the model has NaN or infinite values: try a smaller --lr")
+    return EpochStats(mean, 100.0 * int(right) / samples, samples, steps)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter and buffer is; the device is waited for once."""
+    return bool(torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all())
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """One pass over `batches`, which must keep the data set's order."""
+    model.eval()
+    correct, losses = [], []
+    for x, y in batches:
+        scores = model(x)
+        correct.append(scores.argmax(1) == y)
+        losses.append(F.cross_entropy(scores, y, reduction="none"))
+    return Evaluation(torch.cat(correct).cpu(), torch.cat(losses).float().cpu())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of the state dict, in plain memory layout so that equal models are equal files."""
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}

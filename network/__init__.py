@@ -1,0 +1,1 @@
+"""How agents reach each other: graphs, processes, folders, formats of what travels, and faults."""
