@@ -16,8 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiments.plots import LABELS, accuracy_figure
-from experiments.runs import Curve, accuracy_curve, read_metrics
+from reports.drawing import LABELS, accuracy_figure
+from reports.runs import Curve, accuracy_curve, read_metrics
 from utils.progress import print_anywhere
 
 ROOT = Path(__file__).resolve().parent

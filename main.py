@@ -22,9 +22,8 @@ from experiments.collect import collect
 from experiments.merges import options_that_matter, the_run, topology_to_merge_over
 from experiments.options import main_parser
 from experiments.parsing import parse_once, pick_device
-from experiments.reference import REFERENCE, circumstances
+from experiments.reference import ALONE, REFERENCE, circumstances
 from experiments.run_folder import RunFolder, run_folder
-from experiments.runs import ALONE
 from experiments.scripts import run_script
 from experiments.settle import matrices, settle_options
 from models import training

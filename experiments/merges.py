@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from experiments.reference import ALONE, LOCAL_TRAINING
 from experiments.run_folder import run_folder
-from experiments.runs import ALONE, LOCAL_TRAINING
 from experiments.settle import is_complete, matrices, settle_options, start_that_matters
 from merging import METHODS
 from network.topology import Topology, make_topology

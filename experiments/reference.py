@@ -27,6 +27,8 @@ BASELINE_REFERENCE = {key: value for key, value in REFERENCE.items() if key not 
     "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",
     "cga_scope": "model", "eval_bn": "running", "bn_samples": 0,
 }
+ALONE = "NONE"  # instead of a merge method: agents train and never merge
+LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
 SHORT = {"width_multiplier": "width"}
 
 

@@ -15,17 +15,15 @@ from typing import Any
 import numpy as np
 
 from experiments.checkpoints import INHERITED
-from experiments.reference import BASELINE_REFERENCE, REFERENCE, SHORT
+from experiments.reference import ALONE, BASELINE_REFERENCE, LOCAL_TRAINING, REFERENCE, SHORT
 from experiments.run_folder import FREE, PHASES, is_part
 from network.topology import short_name
 from storage.files import load_yaml, read_rows
 
-ALONE = "NONE"  # the reference line: agents train and never merge
 PLAIN = ("WA", "WM", ALONE)  # read no images to find what fits what
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
-LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
 MATCHING = ("match_data", "match_samples", "match_augment")
 ALIGNING = ("align", "align_every", "root")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*?num_epochs_(\d+)/(?:([^/]*=[^/]*)/)?random_seed_(\d+)/*$")

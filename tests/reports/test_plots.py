@@ -11,20 +11,21 @@ import pytest
 import yaml
 
 import demo
-from experiments import run_plots, steps
+from experiments import steps
 from experiments.merges import options_that_matter, settle_alignment
 from experiments.options import base_lines_parser, main_parser
-from experiments.plots import (
+from merging import METHODS
+from merging.drawing import groups_figure
+from network.topology import make_topology
+from reports import plots as run_plots
+from reports.drawing import (
     accuracy_figure,
     accuracy_panel,
     lines_of,
     style,
     styles,
 )
-from experiments.runs import Curve, accuracy_curve, find_runs, read_metrics, without_say
-from merging import METHODS
-from merging.drawing import groups_figure
-from network.topology import make_topology
+from reports.runs import Curve, accuracy_curve, find_runs, read_metrics, without_say
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_figure_is_written_whole(tmp_path):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, experiments.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, reports.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -747,11 +748,11 @@ def test_unreadable_folders_are_noted_and_the_rest_is_drawn(tmp_path, capsys):
 
 
 def test_the_module_is_a_command_and_imports_no_script():
-    shown = subprocess.run([sys.executable, "-m", "experiments.plots", "--help"], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "reports.plots", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert "python -m experiments.plots results/ --out figures/" in shown.stdout
+    assert "python -m reports.plots results/ --out figures/" in shown.stdout
     assert all(name in shown.stdout for name in run_plots.PICTURES)
-    code = ("import sys, json, experiments.run_plots; "
+    code = ("import sys, json, reports.plots; "
             "print(json.dumps([name.partition('.')[0] for name in sys.modules]))")
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
     assert "utils" in loaded

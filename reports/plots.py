@@ -1,4 +1,4 @@
-"""Pictures of run folders: `python -m experiments.plots results/ --out figures/`.
+"""Pictures of run folders: `python -m reports.plots results/ --out figures/`.
 
 Each picture is a function from the lines (runs that differ in their seed only) to pages, which are drawn when they are
 called: names come first, so that nothing is written when one of them is taken. What a page shows is prepared by pure
@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 
 from experiments.parsing import Formatter, Parser, number, only_option
-from experiments.plots import (
+from experiments.reference import ALONE
+from experiments.run_folder import PHASES
+from network.topology import Topology, make_topology, short_name
+from reports.drawing import (
     Line,
     curves_panel,
     lines_of,
@@ -29,9 +32,7 @@ from experiments.plots import (
     save_figure,
     styles,
 )
-from experiments.run_folder import PHASES
-from experiments.runs import ALONE, Curve, Run, find_runs
-from network.topology import Topology, make_topology, short_name
+from reports.runs import Curve, Run, find_runs
 from storage.files import read_rows
 from utils.progress import command
 
@@ -695,9 +696,9 @@ def make_parser() -> argparse.ArgumentParser:
     pictures = [*PICTURES.values(), iterations_to_target]
     what = "\n".join(f"  {picture.__name__:<23}{picture.__doc__.splitlines()[0]}" for picture in pictures)
     p = Parser(
-        prog="python -m experiments.plots", formatter_class=Formatter, allow_abbrev=False,
+        prog="python -m reports.plots", formatter_class=Formatter, allow_abbrev=False,
         description="Draw the runs below some folders: every folder with a config.yaml beside a metrics.csv.\n\n"
-                    "example:\n  python -m experiments.plots results/ --out figures/ --format png",
+                    "example:\n  python -m reports.plots results/ --out figures/ --format png",
         epilog=f"pictures, each where the runs hold what it shows:\n{what}\n\nRuns that differ in nothing but their "
                "seed are one line; what differs otherwise is in its name.\nMany runs make several pages "
                "(topology.png, topology_2.png, ...).")
@@ -751,3 +752,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in draw(runs, Path(o.out), o.format, o.overwrite, say, o.target):
         print(file)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

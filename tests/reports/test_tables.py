@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from experiments.report import MISSING, main
+from reports.tables import MISSING, main
 from tests.helpers import ROOT
 from utils.progress import print_anywhere
 
@@ -376,7 +376,7 @@ def test_errors_are_one_line(add, error, tmp_path):
 
 def test_a_reader_may_leave_early(add, tmp_path):
     add("a", [40, 50], opt="long " * 50_000)  # more than a pipe holds
-    command = [sys.executable, "-m", "experiments.report", str(tmp_path / "results")]
+    command = [sys.executable, "-m", "reports.tables", str(tmp_path / "results")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
@@ -434,11 +434,11 @@ def test_large_and_small_figures_are_readable(add, report):
 
 def test_the_command_runs_and_its_help_teaches(add, tmp_path):
     add("a", [40, 50])
-    command = [sys.executable, "-m", "experiments.report"]
+    command = [sys.executable, "-m", "reports.tables"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "| DIMAT | 50.00 (1)" in done.stdout
     help_ = subprocess.run([*command, "-h"], capture_output=True, text=True).stdout
-    assert "example:\n  python -m experiments.report results/" in help_
+    assert "example:\n  python -m reports.tables results/" in help_
     assert "of the runs that get there) (default: final)" in " ".join(help_.split())
 
 
@@ -461,18 +461,18 @@ def test_a_table_can_be_printed_in_ascii(add, tmp_path):
     for seed, opt in ((0, "Müller"), (1, "Müller"), (0, "WA")):
         add(f"{opt.encode().hex()}{seed}", [40, 50 + seed], opt=opt, seed=seed,
             topology="ring" if opt == "WA" else "star")
-    done = in_ascii("experiments.report", str(tmp_path / "results"))
+    done = in_ascii("reports.tables", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
     assert rb"| M\xfcller | -        | 50.50 +- 0.71 (2) |" in done.stdout.replace(b"  |", b" |"), done.stdout.decode()
 
 
-@pytest.mark.parametrize("script", ["train", "main", "base_lines", "experiments.sweep", "experiments.report",
-                                    "experiments.plots", "experiments.collect", "experiments.groups"])
+@pytest.mark.parametrize("script", ["train", "main", "base_lines", "experiments.sweep", "reports.tables",
+                                    "reports.plots", "experiments.collect", "experiments.groups"])
 def test_help_can_be_printed_in_ascii(script, monkeypatch):
     """In this process: importing torch eight times takes too long."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    module = importlib.import_module("experiments.run_plots" if script == "experiments.plots" else script)
+    module = importlib.import_module("reports.plots" if script == "reports.plots" else script)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     out.flush()

@@ -1,6 +1,6 @@
 """Pictures: which runs are one line, what a line looks like, and the drawing that the demo and the toolkit share.
 
-`python -m experiments.plots results/ --out figures/` draws all that run folders hold; run_plots.py says what.
+`python -m reports.plots results/ --out figures/` draws all that run folders hold; run_plots.py says what.
 matplotlib is imported only when a picture is drawn.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.reference import REFERENCE, SHORT
-from experiments.runs import ALONE, FOLLOWERS, IGNORED, Curve, Run, of_seed, without_say
+from experiments.reference import ALONE, REFERENCE, SHORT
+from reports.runs import FOLLOWERS, IGNORED, Curve, Run, of_seed, without_say
 from storage.files import write_atomically
 
 # Okabe and Ito's colours: they stay apart for colour-blind readers and in grey print, where the markers help too.
@@ -229,9 +228,3 @@ def save_figure(figure, path: str | os.PathLike) -> None:
     # Text of ticks that are made when they are drawn; and many venues refuse PDFs with Type 3 fonts.
     with rc_context({"text.parse_math": False, "pdf.fonttype": 42, "svg.hashsalt": "dimat"}):
         write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=130, metadata=undated))
-
-
-if __name__ == "__main__":
-    from experiments.run_plots import main
-
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Tables of results: run folders in, mean and spread over seeds out. `python -m experiments.report --help` explains.
+"""Tables of results: run folders in, mean and spread over seeds out. `python -m reports.tables --help` explains.
 
 Only runs that differ in nothing but the seed are averaged; whatever else tells them apart splits their row by name.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.parsing import only_option, parser
-from experiments.runs import FOLLOWERS, IGNORED, Run, accuracy_curve, find_runs, of_seed
+from reports.runs import FOLLOWERS, IGNORED, Run, accuracy_curve, find_runs, of_seed
 from storage.files import save_text
 from utils.progress import command
 
@@ -209,11 +209,11 @@ def long_form(cells: dict[tuple[Labels, Labels], Cell], rows: Sequence[str], col
 
 
 def make_parser() -> ArgumentParser:
-    p = parser("experiments.report",
+    p = parser("reports.tables",
                "Tables of finished runs: mean ± sample standard deviation over seeds (their number).\n"
                                "Runs that differ in more than the seed are never averaged: their row is split, and\n"
                                "says by what.",
-               "python -m experiments.report results/ --rows opt,model --cols topology,data_dist --latex table.tex")
+               "python -m reports.tables results/ --rows opt,model --cols topology,data_dist --latex table.tex")
     p.add_argument("paths", nargs="+", metavar="FOLDER", help="folders with run folders somewhere below")
     only_option(p, "count only runs")
     p.add_argument("--rows", default="opt", metavar="A,B", help="options of config.yaml whose values make the rows")
