@@ -37,7 +37,7 @@ from optimizers.cga import CGA_FORMS, CGA_SCOPES
 from optimizers.registry import Baseline
 from train import LocalTrainer, load_agents_data, new_model
 from utils import training
-from utils.checkpoint import State, digest, digest_of_all
+from utils.checkpoint import State, check_state, digest, digest_of_all
 from utils.distributed import (
     BACKENDS,
     Network,
@@ -163,6 +163,12 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
     if o.epochs % o.num_epochs:
         raise ValueError(f"--epochs {o.epochs} is no multiple of --num_epochs {o.num_epochs}, the epochs between two "
                          f"evaluations: give --epochs {math.ceil(o.epochs / o.num_epochs) * o.num_epochs}, say")
+    try:
+        last_lr = o.lr * o.lr_decay ** (o.epochs - 1)
+    except OverflowError:
+        last_lr = math.inf
+    if not math.isfinite(last_lr):
+        raise ValueError(f"--lr_decay {o.lr_decay}: the learning rate is beyond all numbers within {o.epochs} epochs")
     if o.momentum and not baseline.momentum:
         have = ", ".join(name for name, other in BASELINES.items() if other.momentum)
         raise ValueError(f"--momentum {o.momentum}: {o.opt} has none (these have: {have})")
@@ -228,10 +234,11 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
     with folder or contextlib.nullcontext():
         if folder and not topology.is_connected and o.topology != "disconnected":
             print(f"note: --topology {o.topology} is not connected: its parts never hear of each other")
-        saved = network.together(folder.load if folder else lambda: None)
+        saved = network.together(lambda: shares(network, folder.load() if folder else None))
+        last = network.deal(saved)
         fleet = Fleet(o, BASELINES[o.opt], topology, network, trainer, train_parts, test_parts, {},
                       steps_of_an_epoch(train_parts, o.batch_size))
-        finished = _wake(fleet, states, network.deal(shares(network, saved)))
+        finished = network.together(lambda: _wake(fleet, states, last))
         if finished < o.merg_itr:
             if finished and folder:
                 print(f"continuing after epoch {finished * o.num_epochs} of {o.epochs}")
@@ -254,12 +261,16 @@ def _wake(fleet: Fleet, states: dict[int, State], last: dict[int, dict | None]) 
     scratch = flat_model() if o.opt == "CGA" else None
     for i, share in last.items():
         flat = flat_model()
+        if share:
+            check_state(share["state"], flat.module.state_dict(), f"agent {i}'s model in the run's state.pt")
         flat.module.load_state_dict(share["state"] if share else states[i])
         batches = batch_stream(o, trainer.dataset, fleet.train_parts[i], i, share["step"] if share else 0)
         agent = Agent(i, flat, batches, amp=o.amp, mix_buffers=o.mix_buffers, weight_decay=o.weight_decay, seed=o.seed,
                       scratch=scratch)
         if share:
-            agent.memory = {k: t.to(trainer.device) for k, t in share["memory"].items()}
+            agent.memory = {k: t.to(trainer.device) for k, t in share.get("memory", {}).items()}
+            if any(t.shape not in ((len(flat.gradient),), (len(agent.shared) + 1,)) for t in agent.memory.values()):
+                raise ValueError(f"what agent {i} keeps from step to step in the run's state.pt is of another model")
             agent.samples, agent.steps = share["sample"], share["step"]
             fleet.step, finished = share["step"], share["iteration"]
         fleet.agents[i] = agent

@@ -12,6 +12,7 @@ import numpy as np
 from merging.averaging import weighted_average
 from models import infer_width
 from train import LocalTrainer, fill_defaults, new_model
+from train import make_parser as train_parser
 from utils.checkpoint import State, check_state, describe, digest, digest_of_all, inherit, load_states
 from utils.distributed import Network, is_launched, is_restart, launch
 from utils.files import circumstances, load_yaml
@@ -48,7 +49,7 @@ def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, 
     if ckp is None and not o.randominit:
         raise ValueError("--ckp is missing: give the folder that train.py printed, or --randominit")
     if ckp is not None:  # random models too learn on the data that the checkpoint's would
-        made_with = describe(ckp)
+        made_with = describe(ckp, train_parser())
         inherit(vars(o), made_with, f"--ckp {ckp}")
         if o.randominit and made_with.get("num_models", o.num_models) != o.num_models:
             raise ValueError(f"--num_models {o.num_models}: {ckp} deals its data to {made_with['num_models']} agents")
@@ -139,6 +140,9 @@ def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | Non
         return None
     if saved is None:
         return dict.fromkeys(network.recorded)
+    if len(saved["states"]) != len(network.recorded):
+        raise ValueError(f"the run's state.pt holds {len(saved['states'])} agents instead of {len(network.recorded)}: "
+                         "restore it, or give --overwrite")
     alike = {key: saved[key] for key in ("iteration", "phase")}
     of_each = {key.removesuffix("s"): saved[key] for key in ("states", "samples", "steps", "memory", "orders")
                if key in saved}

@@ -32,7 +32,7 @@ from merging.activation_matching import PRIORS
 from models import MODELS
 from train import LocalTrainer, load_agents_data, new_model
 from utils import training
-from utils.checkpoint import digest, digest_of_all
+from utils.checkpoint import check_state, digest, digest_of_all
 from utils.collect import collect
 from utils.distributed import BACKENDS, Network, connect, is_launched, leave, local_device, rank
 from utils.exchange import SharedFolder, forget
@@ -200,8 +200,10 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         stack.enter_context(folder or contextlib.nullcontext())
         if folder:
             say_what_is_unusual(fleet)
-        saved = network.together(folder.load if folder else lambda: None)  # drops what a longer run had begun
-        finished, phase = take_up(fleet, network.deal(shares(network, saved)))
+        # Drops what a longer run had begun.
+        saved = network.together(lambda: shares(network, folder.load() if folder else None))
+        last = network.deal(saved)
+        finished, phase = network.together(lambda: take_up(fleet, last))
         if finished < o.merg_itr:
             if finished and folder:
                 print(f"continuing after iteration {finished} of {o.merg_itr}")
@@ -226,6 +228,7 @@ def take_up(fleet: Fleet, last: dict[int, dict | None]) -> tuple[int, str]:
     finished, phase = 0, "trained"
     for i, share in last.items():
         if share is not None:
+            check_state(share["state"], fleet.trainer.model.state_dict(), f"agent {i}'s model in the run's state.pt")
             fleet.states[i] = {k: t.to(fleet.trainer.device) for k, t in share["state"].items()}
             fleet.samples[i], fleet.steps[i] = share["sample"], share["step"]
             if share.get("order", -1) >= 0:

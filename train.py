@@ -8,10 +8,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.batches import Batches
 from data.datasets import DATASETS, Dataset, load_dataset
@@ -23,10 +24,13 @@ from utils.files import (
     circumstances,
     claim,
     clear,
+    load_state,
     load_tensors,
     load_yaml,
+    mismatch,
     read_rows,
     save_rows,
+    save_state,
     save_tensors,
     save_yaml,
 )
@@ -38,6 +42,8 @@ from utils.seeds import generator
 
 EVAL_BATCH = 500
 TABLE = "model_accuracies.csv"
+PARTIAL = {"epoch": int, "model": {str: Tensor}, "optimizer": {"state": dict, "param_groups": [dict]},
+           "scaler": (dict, NoneType)}
 COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
 MACHINE = ("device", "compile", "config", "overwrite", "data_dir", "imgntdir", "save_folder")  # change no result
 
@@ -121,12 +127,7 @@ def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: 
     optimizer, scaler = trainer.fresh_optimizer()
     done = 0
     if partial.exists():
-        saved = load_tensors(partial)
-        trainer.model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler is not None:
-            scaler.load_state_dict(saved["scaler"])
-        done = saved["epoch"]
+        done = take_up(trainer, partial, optimizer, scaler)
         print(f"agent {agent}: continuing after epoch {done}", flush=True)
     for epoch in range(done + 1, o.epochs + 1):
         try:
@@ -137,9 +138,31 @@ def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: 
         print(f"agent {agent} epoch {epoch}/{o.epochs}: train accuracy {stats.accuracy:.2f} %, "
               f"loss {stats.loss:.4f}", flush=True)
         if epoch < o.epochs:
-            save_tensors(partial, {"epoch": epoch, "model": training.snapshot(trainer.model),
-                                   "optimizer": optimizer.state_dict(),
-                                   "scaler": scaler.state_dict() if scaler is not None else None})
+            save_state(partial, {"epoch": epoch, "model": training.snapshot(trainer.model),
+                                 "optimizer": optimizer.state_dict(),
+                                 "scaler": scaler.state_dict() if scaler is not None else None})
+
+
+def take_up(trainer: LocalTrainer, partial: Path, optimizer, scaler) -> int:
+    """Bring the trainer's model, the optimiser and the scaler to where `partial` was left; the epoch it has finished.
+
+    Raises ValueError, before any of them is changed, for what isn't such a state.
+    """
+    saved = load_state(partial, PARTIAL)
+    check_state(saved["model"], trainer.model.state_dict(), str(partial))
+    wrong = training.misfit(optimizer, saved["optimizer"])
+    if scaler is not None:
+        wrong = wrong or mismatch(saved["scaler"], {key: type(value) for key, value in scaler.state_dict().items()},
+                                  "its scaler")
+    if not 0 < saved["epoch"] <= trainer.o.epochs:
+        wrong = f"its epoch is {saved['epoch']}"
+    if wrong:
+        raise ValueError(f"{partial} is not of this training ({wrong}): delete it to train the agent from the start")
+    trainer.model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler is not None:
+        scaler.load_state_dict(saved["scaler"])
+    return saved["epoch"]
 
 
 def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[str, float]:
@@ -188,7 +211,8 @@ def run(o: Namespace, command: str) -> Path:
 
 def rows_of_finished(folder: Path) -> list[dict]:
     """The rows of model_accuracies.csv whose models are there."""
-    return [row for row in read_rows(folder / TABLE) if (folder / f"model_{row['agent']}.pth").exists()]
+    rows = [{key: row[key] for key in COLUMNS} for row in read_rows(folder / TABLE, COLUMNS)]
+    return [row for row in rows if row["agent"].isdecimal() and (folder / f"model_{row['agent']}.pth").exists()]
 
 
 def is_finished(o: Namespace) -> bool:

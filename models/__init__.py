@@ -6,6 +6,7 @@ from torch import nn
 from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its builder)
 from models.registry import MODELS, ModelBuilder, register_model
 from models.torchvision_zoo import PREFIX, zoo_builder
+from utils.memory import physical_memory
 
 __all__ = ["MODELS", "build_model", "infer_width", "model_builder", "register_model"]
 
@@ -52,6 +53,12 @@ def build_model(
     def build() -> nn.Module:
         return builder(num_classes, in_channels=in_channels, image_size=image_size, width_multiplier=width_multiplier)
 
+    if width_multiplier > 8:  # the paper's is known to fit
+        with torch.device("meta"):
+            needed, there = sum(t.numel() * t.itemsize for t in build().state_dict().values()), physical_memory()
+        if needed > there:
+            raise ValueError(f"--width_multiplier {width_multiplier}: {name} takes {needed / 2**30:,.0f} GiB, this "
+                             f"machine has {there / 2**30:,.0f}")
     if seed is None:
         return build()
     with torch.random.fork_rng(devices=[]):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from argparse import ArgumentParser
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from utils.files import SHORT, load_tensors, load_yaml, variant
+from utils.files import REFERENCE, SHORT, level, load_tensors, load_yaml, variant
+from utils.options import as_typed
 
 State = dict[str, Tensor]
 INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
@@ -26,29 +27,29 @@ def checkpoint_folder(o: dict[str, Any]) -> Path:
     unusual = variant(o | {"phase": o["phase"] if halves else None, "partition_seed": dealt_anew})
     parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
              f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
-    return Path(o["save_folder"]).joinpath(*filter(None, parts))
+    return Path(o["save_folder"]).joinpath(*map(level, filter(None, parts)))
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """What the checkpoints in `folder` were made with: its config.yaml, else what the documented path says."""
+# What `checkpoint_folder` makes, and nothing else: any folder above may be called `lr=0.1,seed=3`.
+LEVELS = re.compile(r"/(?P<dataset>[^/]+)/(?P<model>[^/]+)/(?P<init_seed>same|diff)_initialization/"
+                    r"models_no(?P<num_models>\d+)/data_dist_(?P<data_dist>[^/]+)/num_epochs_(?P<epochs>\d+)/"
+                    r"(?:(?P<unusual>[^/]*=[^/]*)/)?random_seed_(?P<seed>\d+)$")
+
+
+def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
+    """What the checkpoints in `folder` were made with: its config.yaml, else what the documented path says.
+
+    parser: train.py's. Raises ValueError for what could not have been given to it.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"--ckp {folder} is not a folder: give the one that train.py printed")
-    config = load_yaml(folder / "config.yaml")
-    path = folder.resolve().as_posix()
-    patterns = {"dataset": r"/([^/]+)/[^/]+/(?:same|diff)_initialization",
-                "model": r"/([^/]+)/(?:same|diff)_initialization",
-                "num_models": r"/models_no(\d+)", "data_dist": r"/data_dist_([^/]+)",
-                "epochs": r"/num_epochs_(\d+)", "seed": r"/random_seed_(\d+)",
-                "init_seed": r"/(same|diff)_initialization"}
-    for key, pattern in patterns.items():
-        if key not in config and (found := re.search(pattern, path)):
-            text = found.group(1)
-            config[key] = int(text) if text.isdigit() else text == "same" if key == "init_seed" else text
-    names = {short: key for key, short in SHORT.items()}
-    for setting in re.findall(r"[\w]+=[^,/]+", path.rpartition("/num_epochs_")[2]):
-        key, _, text = setting.partition("=")
-        config.setdefault(names.get(key, key), yaml.safe_load(text))
-    return config
+    said = {}
+    if found := LEVELS.search(folder.resolve().as_posix()):
+        said = found.groupdict() | {"init_seed": found["init_seed"] == "same"}
+        names = {short: key for key, short in SHORT.items()}
+        settings = (setting.partition("=") for setting in (said.pop("unusual") or "").split(","))
+        said |= {names.get(key, key): value for key, _, value in settings if names.get(key, key) in REFERENCE}
+    return as_typed(parser, said | load_yaml(folder / "config.yaml"), str(folder))
 
 
 def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> None:
@@ -62,8 +63,6 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
             raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
     for key in INHERITED:
         theirs = made_with.get(key)
-        if theirs is not None and (type(theirs) is str) != (key == "data_dist"):
-            raise ValueError(f"{source}: its config.yaml says {key}: {theirs!r}")
         if options[key] is None:
             options[key] = theirs
         elif theirs is not None and options[key] != theirs:
@@ -79,7 +78,26 @@ def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[
     found = {file.name for file in folder.glob("model_*.pth")}
     if len(found) != num_models and found != {f"model_{i}.pth" for i in agents}:
         raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
-    return {i: load_tensors(folder / f"model_{i}.pth") for i in agents}
+    return {i: plain(load_tensors(folder / f"model_{i}.pth"), folder / f"model_{i}.pth") for i in agents}
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+PREFIXES = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
+
+def plain(state: Any, file: Path) -> State:
+    """`state` itself, if it is a state dict as torch.save(model.state_dict()) leaves it. ValueError, that says what to
+    do, for the other ways in which people keep models."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{file} is not a state dict but a {type(state).__name__}: torch.save model.state_dict()")
+    for key in WRAPPERS:
+        if isinstance(state.get(key), dict):
+            raise ValueError(f"{file} is not a state dict, but holds one under {key!r}: torch.save that alone")
+    for prefix, source in PREFIXES.items():
+        if state and all(key.startswith(prefix) for key in state):
+            raise ValueError(f"{file}: all its names begin with {prefix!r}, which {source} puts there: torch.save the "
+                             "tensors without it")
+    return state
 
 
 def digest(state: State) -> str:
@@ -99,7 +117,10 @@ def check_state(state: State, template: State, name: str) -> None:
     """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{name} is not a state dict")
-    if missing := sorted(template.keys() ^ state.keys()):
+    missing = sorted(template.keys() ^ state.keys())
+    if missing and all(key.endswith("num_batches_tracked") and key in template for key in missing):
+        raise ValueError(f"{name} lacks {missing[0]} ({len(missing)} such keys): add them as torch.tensor(0)")
+    if missing:
         raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
                          f"({len(missing)} such keys)")
     for key, expected in template.items():

@@ -28,12 +28,16 @@ def collect(path: Path) -> Path:
         raise ValueError(f"{path} has no folder of an agent (agent_0, ...): give the run folder that holds them")
     parts = dict(sorted(parts.items()))
     configs = {i: load_yaml(part / "config.yaml") for i, part in parts.items()}
+    if odd := [part for i, part in parts.items() if not isinstance(configs[i].get("first_models"), str)]:
+        raise ValueError(f"{odd[0]} has no config.yaml of a run")
     first = configs[next(iter(parts))]
     for i, config in configs.items():
         for key in (config.keys() | first.keys()) - FREE - {"agent", "first_models"}:
             if config.get(key) != first.get(key):
                 raise ValueError(f"{parts[i]} was run with {key}={config.get(key)}, another agent with "
                                  f"{first.get(key)}: they are not of one run")
+    if type(first.get("num_models")) is not int:
+        raise ValueError(f"{next(iter(parts.values()))}/config.yaml says num_models: {first.get('num_models')}")
     if missing := set(range(first["num_models"])) - parts.keys():
         print(f"note: {path} has nothing of agents {', '.join(map(str, sorted(missing)))}")
     if not _join_tables(path, parts, "metrics.csv", lambda row: (
@@ -53,8 +57,12 @@ def collect(path: Path) -> Path:
 def _join_tables(path: Path, parts: dict[int, Path], name: str, order: Callable[[dict[str, str]], Any]) -> bool:
     """The rows of all parts' CSV files of this name in `order`. Whether there are any."""
     rows = [row for part in parts.values() for row in read_rows(part / name)]
+    try:
+        rows = sorted(rows, key=order)
+    except (KeyError, ValueError):
+        raise ValueError(f"{path}: an agent's {name} has a line that is not of a run") from None
     if rows:
-        save_rows(path / name, list(rows[0]), sorted(rows, key=order))
+        save_rows(path / name, list(rows[0]), rows)
     return bool(rows)
 
 

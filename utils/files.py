@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import platform
+import re
+import reprlib
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import stat
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +42,9 @@ BASELINE_REFERENCE = {key: value for key, value in REFERENCE.items() if key not 
     "cga_scope": "model", "eval_bn": "running", "bn_samples": 0,
 }
 SHORT = {"width_multiplier": "width"}
+SCHEMA = 1  # of the states to continue from; those of before there was a number count as 0
+MOST_TEXT = 1 << 28  # bytes of a text file; the metrics of a thousand agents over a hundred merges take 20 MB
+MOST_EXPANDED = 1 << 20  # bytes of a tensor that has fewer on the disk, as an expanded one
 
 
 def circumstances(command: str) -> dict[str, Any]:
@@ -53,23 +63,70 @@ def variant(options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> s
     )
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`write(file)` into a temporary file beside `path`, flushed to disk, then moved there in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def level(text: object) -> str:
+    """One level of a path. ValueError for what would lead elsewhere, wherever it was read."""
+    name = str(text)
+    if name in ("", ".", "..") or set(name) & {"/", os.sep, "\0"}:
+        raise ValueError(f"{reprlib.repr(name)} can't be a level of a path")
+    return name
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file it is that can't be written: the system's own words for a full disk don't."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
+    except OSError as error:
+        raise type(error)(f"can't write {path}: {error.strerror or error}; what was written before is kept") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """`write(file)` into a temporary file beside `path`, flushed to disk, then moved there in one step.
+
+    Raises OSError that names the file; what was there before is intact then. Nobody can foretell the temporary name,
+    and "x" opens nothing that exists: a link that somebody has placed there leads nowhere.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk: only then a file that was moved there survives a power cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems can't
+            os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def save_tensors(path: Path, content: Any) -> None:
     """torch.save through an open file, so that the bytes don't depend on the temporary name."""
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, about the file's position, hides what the system said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    write_atomically(path, write)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """A state to continue from, with the number of its schema."""
+    save_tensors(path, {"schema": SCHEMA} | state)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -89,36 +146,177 @@ def save_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     save_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none when there is no such file."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+# --------------------------------------------------------------------------------------------------------------------
+# Reading: whatever is in a file, the outcome is what it should be or a ValueError that names the file
 
 
-def load_yaml(path: Path) -> dict:
+def open_regular(path: Path) -> BinaryIO:
+    """`path`, opened for reading. ValueError for what is no file: a FIFO would keep its reader waiting for ever."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb", opener=lambda name, flags: os.open(
+            name, flags | getattr(os, "O_NONBLOCK", 0))))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        stack.pop_all()
+        return file
+
+
+def read_text(path: Path) -> str:
+    """The text in a UTF-8 file, with or without a byte order mark, whatever its line ends."""
+    with open_regular(path) as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"{path} is larger than {MOST_TEXT >> 20} MiB: it is no text file of this program")
+    try:
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} can't be read: it is not UTF-8 text") from None
+
+
+def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file, which must have these columns; none when there is no such file.
+
+    A row that was cut short, or is too long, is left out.
+    """
+    if not path.exists():
+        return []
+    try:
+        reader = csv.DictReader(read_text(path).splitlines())
+        rows = [row for row in reader if None not in row and None not in row.values()]
+    except csv.Error as error:
+        raise ValueError(f"{path} can't be read: {error}") from None
+    if missing := set(columns) - set(reader.fieldnames or columns):
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+    return rows
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`; {} when there is no such file. Raises ValueError, naming the file, for anything else."""
     if not path.exists():
         return {}
     try:
-        content = yaml.safe_load(path.read_text())
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError) as error:  # a date with 13 months is a ValueError
+        reason = " ".join(str(error).split()).replace(f"{path} can't be read: ", "")
+        raise ValueError(f"{path} can't be read: {reason}") from None
+    except RecursionError:
+        raise ValueError(f"{path} can't be read: it is nested too deeply") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} can't be read: expected 'option: value' lines")
     return content
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
-    """torch.load without running code from the file. Raises ValueError that names an unreadable file.
+    """torch.load without running code from the file. Raises ValueError that names an unreadable or damaged file.
 
-    mmap: leave tensors on the disk until they are looked at.
+    mmap: leave tensors on the disk until they are looked at; what is damaged in them isn't noticed then.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises half a dozen types for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as a checkpoint (truncated or of another kind?): {reason}") from error
+    with open_regular(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about what the checks below refuse
+        try:
+            zipped = zipfile.is_zipfile(file)
+            if zipped:
+                _check_records(file, all_of_them=not mmap)
+            file.seek(0)
+            content = torch.load(path if mmap else file, map_location=device, weights_only=True, mmap=mmap and zipped)
+        except Exception as error:  # torch raises half a dozen types for a broken file
+            raise ValueError(f"{path} can't be read as a checkpoint: {_reason(file, error)}") from error
+    for tensor in _tensors_in(content):
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+            raise ValueError(f"{path} holds a sparse, quantised or meta tensor: save plain ones")
+        if tensor.numel() * tensor.itemsize > max(tensor.untyped_storage().nbytes(), MOST_EXPANDED):
+            raise ValueError(f"{path} holds a tensor of {tuple(tensor.shape)} with next to nothing in it")
+    return content
+
+
+def load_state(path: Path, structure: Any, mmap: bool = False) -> dict[str, Any]:
+    """What `save_state` wrote. Raises ValueError for another structure (see `mismatch`), or a newer schema."""
+    content = load_tensors(path, mmap=mmap)
+    schema = content.get("schema", 0) if isinstance(content, dict) else 0
+    if type(schema) is int and schema > SCHEMA:
+        raise ValueError(f"{path} is of schema {schema}, and this version knows up to {SCHEMA}: update the program")
+    if wrong := mismatch(content, {"schema?": int} | structure):
+        raise ValueError(f"{path} is not a state of this program: {wrong}")
+    return content
+
+
+def _check_records(file: BinaryIO, all_of_them: bool) -> None:
+    """Raise zipfile.BadZipFile unless the records in a torch file are those that were written.
+
+    torch writes a checksum of each and doesn't look at it when it loads: a flipped bit would go unnoticed.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("it is compressed, which torch's files are not")
+        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+            raise zipfile.BadZipFile("it claims to hold more than it does")
+        for record in records:
+            if all_of_them or "/data/" not in record.filename:  # the others hold the tensors' entries
+                with archive.open(record) as content:
+                    while content.read(1 << 20):
+                        pass
+
+
+def _reason(file: BinaryIO, error: Exception) -> str:
+    """Why a file can't be loaded, in a sentence: torch's own are about its reader and go on for a page."""
+    file.seek(0)
+    first = file.read(1024)
+    if not first:
+        return "it is empty"
+    if first.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer instead of the file itself: fetch that by `git lfs pull`"
+    if first[8:10] == b'{"':
+        return "it is a safetensors file: load that with safetensors.torch and torch.save its tensors"
+    if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+        return (f"it holds {found[1]} objects, not tensors alone, and to load these could run any code: "
+                "torch.save the model's state_dict() instead")
+    details = f" ({error})" if isinstance(error, zipfile.BadZipFile) else ""
+    return f"it is damaged, cut off or of another kind{details}"
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors_in(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors_in(value)
+
+
+def mismatch(content: Any, structure: Any, where: str = "it") -> str | None:
+    """What is wrong with the structure of something that was read; None if nothing.
+
+    structure: a type, or a tuple of types (a bool is no int here); [x]: a list of x; {str: x}: a mapping of any strings
+    to x; {"a": x, "b?": y}: a mapping with just these keys, b only if it likes.
+    """
+    if isinstance(structure, type | tuple):
+        types = structure if isinstance(structure, tuple) else (structure,)
+        fits = isinstance(content, types) and not (isinstance(content, bool) and bool not in types)
+        names = " or ".join("nothing" if t is type(None) else t.__name__ for t in types)
+        return None if fits else f"{where} is {reprlib.repr(content)}, not of type {names}"
+    if isinstance(structure, list):
+        if not isinstance(content, list):
+            return f"{where} is {reprlib.repr(content)}, not a list"
+        found = (mismatch(value, structure[0], f"{where}[{k}]") for k, value in enumerate(content))
+        return next(filter(None, found), None)
+    if not isinstance(content, Mapping):
+        return f"{where} is {reprlib.repr(content)}, not a mapping"
+    inner = {key: structure[str] for key in content} if str in structure else {
+        key.rstrip("?"): value for key, value in structure.items() if not key.endswith("?") or key[:-1] in content}
+    for key in [*inner, *content]:
+        if key not in inner or not isinstance(key, str):
+            return f"{where} has a strange entry {reprlib.repr(key)}"
+        if key not in content:
+            return f"{where} has no entry {key!r}"
+    found = (mismatch(content[key], value, f"{where}[{key!r}]") for key, value in inner.items())
+    return next(filter(None, found), None)
 
 
 def lock(file: Path, timeout: float = -1) -> AbstractContextManager:
@@ -152,7 +350,7 @@ def claim(folder: Path) -> AbstractContextManager:
 def clear(folder: Path) -> None:
     """Delete what is in a claimed folder."""
     for entry in folder.iterdir():
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != ".lock":
             entry.unlink()

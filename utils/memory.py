@@ -1,7 +1,17 @@
 """How this process deals with memory."""
 
 import ctypes
+import os
 import sys
+
+
+def physical_memory() -> float:
+    """Bytes of this machine; infinity where it doesn't say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 

@@ -12,15 +12,19 @@ import io
 import math
 import os
 import re
+import reprlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-import yaml
 
+from utils.files import load_yaml
+from utils.progress import one_line
+
+MOST_AGENTS = 20_000  # a mixing matrix of them takes 3.2 GB
 TRUE, FALSE = {"true", "1", "yes", "t", "y", "on"}, {"false", "0", "no", "f", "n", "off"}
 
 
@@ -35,11 +39,18 @@ def boolean(text: str) -> bool:
     return word in TRUE
 
 
+def path(text: str) -> str:
+    """A path, with ~ for the home folder: in --option=~/x no shell expands it."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return os.path.expanduser(text)
+
+
 def exchange(text: str) -> str:
     """The path in folder:PATH."""
     if not text.startswith("folder:") or text == "folder:":
         raise argparse.ArgumentTypeError(f"'{text}' is no place to exchange models: give folder:PATH")
-    return str(Path(text.removeprefix("folder:")).expanduser())
+    return path(text.removeprefix("folder:"))
 
 
 def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
@@ -60,18 +71,22 @@ def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
                         "--only opt=DIMAT,WA seed=0")
 
 
+NUMBERS = {int: r"[+-]?\d{1,19}", float: r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # Python itself also takes 1_0 and ١
+
+
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
     """An argparse type: a number of `kind` with low <= x <= high (low < x if `strict`)."""
+    if kind is int:
+        high = min(high, 2**62)
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
+        if not re.fullmatch(NUMBERS[kind], text, re.ASCII):
+            raise argparse.ArgumentTypeError(f"'{text[:50]}' is not a number of type {kind.__name__}")
+        value = kind(text)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not (low < value if strict else low <= value) or not value <= high:
-            bound = f"{'>' if strict else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
+            bound = f"{'>' if strict else '>='} {low}" + (f" and <= {high}" if high < 2**62 else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
@@ -93,7 +108,13 @@ class Parser(argparse.ArgumentParser):
         words = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
         near = [name for word in words for name in difflib.get_close_matches(word, known, n=1, cutoff=0.7)]
         hint = f": did you mean {', '.join(near)}?" if near else ""
-        self.exit(2, f"error: {message}{hint} ({self.prog} --help explains)\n")
+        self.exit(2, f"error: {one_line(message)}{hint} ({self.prog} --help explains)\n")
+
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"]:  # argparse would take it for a separator, and make an empty list of --option=--
+            raise argparse.ArgumentError(action, "'--' is no value")
+        return super()._get_values(action, arg_strings)
 
 
 def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -113,7 +134,7 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
     said = " (default: what the checkpoint was made with, else %s)" if inherit else " (default: %s)"
     g = p.add_argument_group("data")
     g.add_argument("--dataset", "--data", choices=sorted(datasets), default="digits", help="data set")
-    g.add_argument("--num_models", type=number(int, 1), default=5, metavar="N", help="number of agents")
+    g.add_argument("--num_models", type=number(int, 1, MOST_AGENTS), default=5, metavar="N", help="number of agents")
     g.add_argument("--data_dist", choices=list(partitions), default=None,
                    help="how the data is dealt to the agents" + said % "iid")
     g.add_argument("--alpha", type=number(float, 0, strict=True), default=None,
@@ -129,15 +150,15 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
     g.add_argument("--holdout", type=number(int, 0), default=None, metavar="N",
                    help="keep N training images from training and evaluate on them instead of the test set, to choose "
                         "settings by" + said % "0")
-    g.add_argument("--data_dir", default="datasets", metavar="DIR", help="where the data sets are")
-    g.add_argument("--imgntdir", default=None, metavar="DIR", help="a folder in Tiny ImageNet's layout")
+    g.add_argument("--data_dir", type=path, default="datasets", metavar="DIR", help="where the data sets are")
+    g.add_argument("--imgntdir", type=path, default=None, metavar="DIR", help="a folder in Tiny ImageNet's layout")
 
 
 def model_options(p: argparse.ArgumentParser, models: Iterable[str], inherit: bool) -> None:
     g = p.add_argument_group("model")
     g.add_argument("--model", default="resnet20", metavar="NAME",
                    help=f"architecture: {', '.join(models)} or tv:NAME for any torchvision classifier")
-    g.add_argument("--width_multiplier", type=number(int, 1), default=None, metavar="W",
+    g.add_argument("--width_multiplier", type=number(int, 1, 10**6), default=None, metavar="W",
                    help="width of resnet20 and vgg16; 8 is the paper's"
                         + (" (default: the checkpoint's, else 8)" if inherit else " (default: 8)"))
 
@@ -158,7 +179,8 @@ def machine_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     g.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision in training")
     _flag(g, "--compile", help="run the model through torch.compile")
-    g.add_argument("--config", default=None, metavar="FILE.yaml", help="read options from a file; flags override it")
+    g.add_argument("--config", type=path, default=None, metavar="FILE.yaml",
+                   help="read options from a file; flags override it")
     _flag(g, "--overwrite", help="start afresh, deleting what this very command made before")
 
 
@@ -172,22 +194,23 @@ def train_parser(datasets: Iterable[str], models: Iterable[str], partitions: Ite
     g = p.add_argument_group("run")
     _flag(g, "--init_seed", help="the same initialisation for all agents")
     g.add_argument("--random_seed", "--seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
-    g.add_argument("--save_folder", default="checkpoint", metavar="DIR", help="where the checkpoints go")
+    g.add_argument("--save_folder", type=path, default="checkpoint", metavar="DIR", help="where the checkpoints go")
     machine_options(p)
     return p
 
 
 def topology_options(g, topologies: Iterable[str], exps: dict[int, str]) -> None:
-    g.add_argument("--exp", type=int, choices=sorted(exps), default=None,
+    g.add_argument("--exp", type=number(int, 0), choices=sorted(exps), default=None,
                    help="topology by number: " + ", ".join(f"{k} {v}" for k, v in exps.items()))
-    g.add_argument("--topology", default=None, metavar="NAME|FILE.json|FOLDER",
+    g.add_argument("--topology", type=path, default=None, metavar="NAME|FILE.json|FOLDER",
                    help=f"{', '.join(topologies)}, a JSON file with connectivity and pi, or a folder of such files "
                         "that take turns (default: fully_connected)")
 
 
 def start_options(g) -> None:
     """Where the agents begin."""
-    g.add_argument("--ckp", default=None, metavar="DIR", help="folder of the agents' checkpoints, made by train.py")
+    g.add_argument("--ckp", type=path, default=None, metavar="DIR",
+                   help="folder of the agents' checkpoints, made by train.py")
     _flag(g, "--randominit", help="start from random models instead of --ckp")
     _flag(g, "--diffinit", help="with --randominit: a different random model for every agent")
     g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
@@ -198,7 +221,7 @@ def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict
     g.add_argument("--backend", choices=backends, default="auto",
                    help="what carries the messages: nccl where every process has a GPU of its own, else gloo")
     g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS", help=waits)
-    g.add_argument("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    g.add_argument("--local-rank", "--local_rank", type=number(int, 0), default=None, help=argparse.SUPPRESS)
 
 
 def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iterable[str], methods: Iterable[str],
@@ -276,7 +299,7 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--agent_failure", type=number(float, 0, 1), default=0.0, metavar="P",
                    help="chance that an agent neither merges nor trains in an iteration")
     g = p.add_argument_group("run")
-    g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    g.add_argument("--results_dir", type=path, default="results", metavar="DIR", help="where the results go")
     _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
     _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
     g.add_argument("--keep", choices=["last", "all"], default="last",
@@ -325,7 +348,7 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
                    help="momentum of CDMSGD and CGA (default: 0.9)")
     g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
     g = p.add_argument_group("run")
-    g.add_argument("--results_dir", default="results", metavar="DIR", help="where the results go")
+    g.add_argument("--results_dir", type=path, default="results", metavar="DIR", help="where the results go")
     _flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
     _flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
     g = p.add_argument_group("processes")
@@ -338,7 +361,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
     """Parse flags over the options of --config, which are checked as if they were typed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config")
+    pre.add_argument("--config", type=path)
     config = pre.parse_known_args(argv)[0].config
     return p.parse_args(_config_arguments(p, config, argv) + argv if config else argv)
 
@@ -355,14 +378,34 @@ def parse_once(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         raise
 
 
+def as_typed(p: argparse.ArgumentParser, content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`content`, with every option of `p` in it as if its value had been typed on the command line.
+
+    So nothing that was read from a file becomes a path or a number that could not have been given. Raises ValueError,
+    naming `source`, for a value that could not.
+    """
+    typed = dict(content)
+    for action in p._actions:
+        value = content.get(action.dest)
+        if value is None:
+            continue
+        try:
+            if not isinstance(value, str | int | float):
+                raise argparse.ArgumentError(action, "")
+            typed[action.dest] = p._get_values(action, [str(value)])
+        except argparse.ArgumentError:
+            raise ValueError(f"{source} says {action.dest}: {reprlib.repr(value)}, which is no value of "
+                             f"--{action.dest}") from None
+    return typed
+
+
 def _config_arguments(p: argparse.ArgumentParser, path: str, argv: Sequence[str]) -> list[str]:
     try:
-        options = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        p.error(f"--config {path}: {' '.join(str(error).split())}")
-    options = {} if options is None else options
-    if not isinstance(options, dict):
-        p.error(f"--config {path}: expected 'option: value' lines")
+        if not Path(path).exists():
+            raise ValueError("there is no such file")
+        options = load_yaml(Path(path))
+    except (OSError, ValueError) as error:
+        p.error(f"--config {path}: {error}")
     known = {name for action in p._actions for name in action.option_strings}
     for key in options:
         if f"--{key}" not in known or key == "config":

@@ -21,6 +21,29 @@ def fall_silent() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def one_line(text: str, most: int = 600) -> str:
+    """`text` without line breaks and other control characters, cut in its middle where it is longer than `most`."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in a line for a user."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(str(error).strip()) or type(error).__name__
+
+
+def mendable(error: Exception, *kinds: type[Exception]) -> str | None:
+    """The line for what a user can mend: wrong values, the system's refusals, memory that can't be had, and `kinds`.
+
+    None for anything else: that is a bug, and its traceback is wanted.
+    """
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return f"there is not enough memory for this: {sentence(error)[:200]}"
+    return sentence(error) if isinstance(error, (ValueError, OSError, *kinds)) else None
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """A command's main(argv), whose errors are one line on stderr and status 2 where a user can mend them.
 
@@ -36,10 +59,14 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except BrokenPipeError:
             fall_silent()
             return 141  # as a shell says of a process that SIGPIPE ended
-        except (ValueError, OSError) as error:
-            if os.environ.get("DIMAT_DEBUG"):
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
+        except Exception as error:
+            line = mendable(error)
+            if line is None or os.environ.get("DIMAT_DEBUG"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             return 2
 
     return guarded

@@ -19,7 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.files import REFERENCE, claim, clear, load_tensors, load_yaml, save_tensors, save_text, save_yaml, variant
+from utils.files import (
+    REFERENCE,
+    claim,
+    clear,
+    level,
+    load_state,
+    load_yaml,
+    open_regular,
+    read_text,
+    save_state,
+    save_tensors,
+    save_text,
+    save_yaml,
+    variant,
+    writing,
+)
 from utils.progress import say
 from utils.topology import short_name
 from utils.training import Diverged, EpochStats, Evaluation
@@ -29,6 +44,8 @@ METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_a
            "bytes_received", "took_part", "merged_with")
 PHASES = ("initial", "merged", "trained")  # in the order in which an iteration writes them
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
+STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int], "steps": [int],
+         "states": [{str: Tensor}], "agents?": [int], "orders?": [int], "memory?": [{str: Tensor}]}
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
@@ -42,10 +59,10 @@ def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dic
     """
     init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
     topology = short_name(o["topology"])
-    return Path(o["results_dir"]).joinpath(
+    return Path(o["results_dir"]).joinpath(*map(level, (
         o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
         f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options, reference) or "default",
-        f"seed_{o['seed']}")
+        f"seed_{o['seed']}")))
 
 
 def is_part(folder: Path) -> bool:
@@ -61,7 +78,23 @@ def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], free: Coll
 def committed(path: Path) -> dict[str, Any]:
     """What the run in this folder has finished, its tensors still on the disk; {} if nothing."""
     file = path / "state.pt"
-    return load_tensors(file, mmap=True) if file.exists() else {}
+    return read_state(file, mmap=True) if file.exists() else {}
+
+
+def read_state(file: Path, mmap: bool = False) -> dict[str, Any]:
+    """A run's state. Raises ValueError, naming the file, for anything else."""
+    state = load_state(file, STATE, mmap)
+    lists = {key: value for key, value in state.items() if isinstance(value, list)}
+    counts = [state["iteration"], state["metrics_bytes"], *state["samples"], *state["steps"], *state.get("agents", ())]
+    if state["phase"] not in PHASES or min(counts) < 0 or len(set(map(len, lists.values()))) > 1:
+        raise ValueError(f"{file} is not a state of this program: its phase, counts or numbers of agents are wrong")
+    return state
+
+
+def _number(file: Path) -> int:
+    """K of a file called iteration_K...; -1 for another."""
+    found = re.match(r"iteration_(\d+)", file.name, re.ASCII)
+    return int(found[1]) if found else -1
 
 
 class RunFolder:
@@ -80,6 +113,9 @@ class RunFolder:
         if overwrite:
             clear(path)
         old = load_yaml(path / "config.yaml")
+        if old and type(old.get("merg_itr")) is not int:
+            raise ValueError(f"{path}/config.yaml says merg_itr: {old.get('merg_itr')}, so it is not of a run: "
+                             "restore it, or give --overwrite")
         for key in contradictions(old, config, free):
             raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
                              "choose another --results_dir, or --overwrite to delete it")
@@ -127,8 +163,8 @@ class RunFolder:
         return self.path / "states" / f"iteration_{iteration:04d}.pt"
 
     def _kept(self) -> list[int]:
-        kept = {int(re.sub(r"\D", "", f.stem)) for f in (self.path / "states").glob("iteration_*.pt")}
-        return sorted({k for k in kept if k <= self.finished} | {self.finished} - {0})
+        kept = {_number(file) for file in (self.path / "states").glob("iteration_*.pt")}
+        return sorted({k for k in kept if 0 <= k <= self.finished} | {self.finished} - {0})
 
     def _state_file(self, iteration: int) -> Path | None:
         """The state after an iteration that is finished: state.pt says which are."""
@@ -139,7 +175,7 @@ class RunFolder:
     def load(self) -> dict[str, Any] | None:
         """The state to continue from (None: from the beginning), with everything beyond it dropped."""
         file = self._state_file(self.start) if self.start else self.path / "state.pt"
-        state = load_tensors(file) if file.exists() else None
+        state = read_state(file) if file.exists() else None
         metrics = self.path / "metrics.csv"
         iteration, length = (state["iteration"], state["metrics_bytes"]) if state else (0, 0)
         if length > (metrics.stat().st_size if metrics.exists() else 0):
@@ -147,7 +183,7 @@ class RunFolder:
                              "--overwrite")
         if self.finished > iteration:
             print(f"note: iterations {iteration + 1} to {self.finished} are dropped and done again")
-            save_tensors(self.path / "state.pt", state)  # first: it says what counts
+            save_state(self.path / "state.pt", state)  # first: it says what counts
             for stale in self.path.glob("*/model_*.pth"):
                 stale.unlink()
             self.save_models(state["phase"], dict(zip(self.agents(state), state["states"], strict=True)))
@@ -157,11 +193,12 @@ class RunFolder:
             self.board = self.make_board(str(self.path / "tensorboard"), purge_step=iteration + 1)
         merges = self.path / "merge_stats.csv"
         if merges.exists():
-            lines = merges.read_text().splitlines(keepends=True)
-            kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= iteration]
+            lines = read_text(merges).splitlines(keepends=True)
+            kept = [line for line in lines[1:] if re.fullmatch(r"(\d+),.*\n", line, re.ASCII)
+                    and int(line.partition(",")[0]) <= iteration]
             merges.unlink() if not kept else save_text(merges, "".join([lines[0], *kept]))
-        for stale in self.path.glob("**/iteration_*"):
-            if int(re.search(r"iteration_(\d+)", stale.name).group(1)) > iteration:
+        for stale in (*self.path.glob("accuracy_matrix/*.csv"), *self.path.glob("states/*.pt")):
+            if _number(stale) > iteration:
                 stale.unlink()
         return state
 
@@ -208,8 +245,8 @@ class RunFolder:
         """Everything up to here is done: write state.pt, and with `keep` a copy of it for --merg_itr_init."""
         state = state | {"metrics_bytes": (self.path / "metrics.csv").stat().st_size}
         if keep:
-            save_tensors(self.path / "states" / f"iteration_{state['iteration']:04d}.pt", state)
-        save_tensors(self.path / "state.pt", state)
+            save_state(self._kept_file(state["iteration"]), state)
+        save_state(self.path / "state.pt", state)
 
 
 def _summary_writer() -> Callable[..., Any]:
@@ -225,14 +262,17 @@ def _append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> N
     them."""
     begun = path.exists() and path.stat().st_size > 0
     if begun:
-        with open(path, newline="") as file:
-            columns = next(csv.reader(file))
+        with open_regular(path) as file:
+            begun_with = file.readline(1 << 12).decode(errors="replace").strip().split(",")
+        if not set(begun_with) <= set(columns):
+            raise ValueError(f"{path} begins with another line than a run's: restore it, or give --overwrite")
+        columns = begun_with
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     if not begun:
         writer.writeheader()
     writer.writerows(rows)
-    with open(path, "a", newline="") as file:
+    with writing(path), open(path, "a", newline="") as file:
         file.write(text.getvalue())
         file.flush()
         os.fsync(file.fileno())

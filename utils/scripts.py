@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.distributed import NeighbourLost, Refused
-from utils.progress import fall_silent
+from utils.progress import fall_silent, mendable
 from utils.training import Diverged
 
 
@@ -32,11 +32,12 @@ def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str, ran
         if isinstance(stop, BrokenPipeError):
             fall_silent()
         return 130
-    except (ValueError, OSError, Diverged, NeighbourLost) as error:
-        if os.environ.get("DIMAT_DEBUG") and not isinstance(error, Refused):
+    except Exception as error:
+        line = mendable(error, Diverged, NeighbourLost)
+        if line is None or (os.environ.get("DIMAT_DEBUG") and not isinstance(error, Refused)):
             raise
         if rank and isinstance(error, (ValueError, OSError)):
             time.sleep(3)  # most likely every process fails alike
         if not (rank and isinstance(error, Refused)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
         return 2

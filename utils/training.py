@@ -6,10 +6,13 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from utils.files import mismatch
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +53,31 @@ def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weig
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+# What an optimiser keeps of each parameter: tensors of its shape, or of a single entry.
+KEPT = {torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+        torch.optim.SGD: {"momentum_buffer?": (Tensor, NoneType)}}
+
+
+def misfit(optimizer: torch.optim.Optimizer, saved: dict) -> str | None:
+    """Why a state dict {"state": ..., "param_groups": ...} can't be loaded into this optimiser; None if it can."""
+    ours = optimizer.state_dict()["param_groups"]
+    if len(saved["param_groups"]) != len(ours):
+        return "its optimiser has other groups of parameters"
+    for own, their in zip(ours, saved["param_groups"], strict=True):
+        if differs := [key for key in own.keys() & their.keys() if own[key] != their[key]]:  # other versions have more
+            return f"its optimiser has another {min(differs)}"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for k, kept in saved["state"].items():
+        where = f"its optimiser's entry {k!r}"
+        if type(k) is not int or not 0 <= k < len(parameters):
+            return f"{where} is of no parameter"
+        if wrong := mismatch(kept, KEPT[type(optimizer)], where):
+            return wrong
+        if any(t is not None and t.numel() != 1 and t.shape != parameters[k].shape for t in kept.values()):
+            return f"{where} has another shape than its parameter"
+    return None
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -119,7 +119,7 @@ def test_agents_start_from_their_checkpoints(checkpoints, tmp_path):
     (["--momentum=0.5"], "--momentum 0.5"), (["--epochs=3", "--num_epochs=2"], "--num_epochs 2"),
     (["--topology=directed_ring", "--exp=2"], "--exp"), (["--amp=fp16"], "--amp"), (["--ckp=nowhere"], "nowhere"),
     (["--lr=1e30"], "agent 0"), (["--lr=1e30", "--opt=CGA"], "agent 0"), (["--cga_form=authors"], "--cga_form"),
-    (["--backend=nccl"], "--backend nccl")])
+    (["--backend=nccl"], "--backend nccl"), (["--lr_decay=1e300"], "--lr_decay 1e+300")])
 def test_errors_are_one_line(tmp_path, flags, word):
     result = script("base_lines", *RUN, *flags, cwd=tmp_path, check=False)
     assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr

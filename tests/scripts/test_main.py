@@ -20,7 +20,7 @@ from main import make_parser
 from merging.batch_norm import reestimate
 from tests.helpers import equal, equal_runs, folder_of, process, rows_of, script
 from train import LocalTrainer, load_agents_data, new_model
-from utils.files import claim
+from utils.files import claim, save_text
 from utils.topology import make_topology
 
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
@@ -201,6 +201,36 @@ def test_a_kept_iteration_outlives_a_truncated_state(uninterrupted, checkpoints,
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     assert "state.pt" in script("main", *command, "--resume", cwd=home, check=False).stderr
     equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
+
+
+@pytest.mark.parametrize("change,word", [
+    (lambda state: state["states"].pop(), "state.pt"), (lambda state: state["states"][0].popitem(), "agent 0's model"),
+    (lambda state: state["states"][3].update({"conv1.weight": torch.zeros(2)}), "agent 3's model"),
+    (lambda state: [state[key].pop() for key in ("agents", "samples", "steps", "orders", "states")], "holds 3 agents")])
+def test_a_state_that_is_not_of_this_run_is_named(uninterrupted, checkpoints, tmp_path, change, word):
+    home = tmp_path / "home"
+    shutil.copytree(uninterrupted.parents[9], home)
+    file = home / uninterrupted.relative_to(uninterrupted.parents[9]) / "state.pt"
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all", "--resume", "--merg_itr=5"]
+    result = script("main", *command, cwd=home, check=False)
+    assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["epochs", "seed", "data_dist", "num_models"])
+def test_a_checkpoints_config_leads_nowhere_outside(checkpoints, tmp_path, key):
+    """It says where results are written and, with --overwrite, what is deleted."""
+    victim = tmp_path / "victim" / "precious"
+    save_text(victim, "mine")
+    copy = broken(checkpoints, tmp_path, lambda *_: None)
+    config = yaml.safe_load((copy / "config.yaml").read_text()) | {key: "x/../../../../../../../../../../victim"}
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    before = sorted(tmp_path.rglob("*"))
+    result = script("main", *RUN, f"--ckp={copy}", "--overwrite", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and f"says {key}" in result.stderr and result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before and victim.read_text() == "mine"
 
 
 def test_state_pt_alone_says_what_is_finished(uninterrupted, checkpoints, tmp_path):

@@ -1,8 +1,11 @@
 """train.py as a user runs it."""
 
+import copy
 import csv
+import functools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ from torch import nn
 
 from data.datasets import DATASETS, load_dataset
 from data.partition import PARTITIONS
-from models import MODELS
+from models import MODELS, build_model
 from tests.helpers import TINY, process, script
 from train import LocalTrainer
+from utils.files import save_tensors
 from utils.options import train_parser
 
 RUN = [*TINY, "--num_models=2", "--epochs=4"]
@@ -54,6 +58,58 @@ def test_the_same_initialisation_is_truly_the_same(tmp_path):
     folder = folder_of(result, tmp_path)
     assert "same_initialization" in str(folder)
     assert (folder / "model_0.pth").read_bytes() == (folder / "model_1.pth").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A home, and what partial_0.pt holds after the first of two epochs."""
+    home = tmp_path_factory.mktemp("interrupted")
+    folder = folder_of(script("train", *TINY, "--num_models=1", "--epochs=2", cwd=home), home)
+    trainer = SimpleNamespace(model=build_model("resnet20", 10, in_channels=1, image_size=8, width_multiplier=1))
+    optimizer = torch.optim.Adam(trainer.model.parameters(), lr=1e-3)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return home, folder, {"epoch": 1, "model": trainer.model.state_dict(), "optimizer": optimizer.state_dict(),
+                          "scaler": None}
+
+
+@pytest.mark.parametrize("where,value", [
+    ([], [1]), (["epoch"], "1"), (["epoch"], 3), (["epoch"], -1), (["model"], {}), (["model", "conv1.weight"], 5),
+    (["model", "conv1.weight"], torch.zeros(3)), (["optimizer"], None), (["optimizer", "state"], [1]),
+    (["optimizer", "param_groups"], []), (["optimizer", "param_groups", 0, "lr"], "0.1"),
+    (["optimizer", "param_groups", 0, "params"], [0]), (["optimizer", "state", 0], {}),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(2)), (["optimizer", "state", 999], {}), (["scaler"], 5),
+], ids=str)
+def test_a_partial_training_of_another_structure_is_named(interrupted, where, value):
+    home, folder, sound = interrupted
+    for file in ("model_0.pth", "model_accuracies.csv"):
+        (folder / file).unlink(missing_ok=True)
+    content = copy.deepcopy(sound)
+    if not where:
+        content = value
+    else:
+        inside = functools.reduce(lambda inner, key: inner[key], where[:-1], content)
+        inside[where[-1]] = value
+    save_tensors(folder / "partial_0.pt", content)
+    before = (folder / "partial_0.pt").read_bytes()
+    result = script("train", *TINY, "--num_models=1", "--epochs=2", cwd=home, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "partial_0.pt" in result.stderr
+    assert (folder / "partial_0.pt").read_bytes() == before and not (folder / "model_0.pth").exists()
+
+
+def test_a_partial_training_goes_on(interrupted):
+    home, folder, sound = interrupted
+    for file in ("model_0.pth", "model_accuracies.csv"):
+        (folder / file).unlink(missing_ok=True)
+    save_tensors(folder / "partial_0.pt", sound)
+    assert "continuing after epoch 1" in script("train", *TINY, "--num_models=1", "--epochs=2", cwd=home).stdout
+
+
+def test_a_width_that_no_memory_holds_is_said_at_once(tmp_path):
+    result = script("train", "--dataset=digits", "--num_models=1", "--width_multiplier=100000", cwd=tmp_path,
+                    check=False)
+    assert result.returncode == 2 and "GiB, this machine has" in result.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

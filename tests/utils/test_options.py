@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from utils.options import boolean, main_parser, parse, pick_device, train_parser
+from utils.options import as_typed, boolean, main_parser, parse, pick_device, train_parser
 
 TRAIN = (["digits"], ["resnet20"], ["iid", "dirichlet"])
 MAIN = (*TRAIN, ["DIMAT", "WA"], ["ring"], {1: "fully_connected", 2: "ring"}, ["none"], ["fp32"], ["auto"])
@@ -90,3 +90,59 @@ def test_an_unknown_option_is_said_in_a_line_with_what_may_have_been_meant(capsy
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: unrecognized arguments: --merge_itr=3 --xyz")
     assert said.endswith(": did you mean --merg_itr? (python -m main --help explains)\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["1_000", "\u0661", " 5 ", "5 ", "0x10", "1e3", "", "9" * 23, "9" * 9999, "nan", "--",
+                                  "5\n", "a\nb"])
+def test_whole_numbers_are_ascii_digits_and_no_more_than_can_be_meant(text, capsys):
+    with pytest.raises(SystemExit):
+        main_options(f"--seed={text}")
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --seed") and said.count("\n") == 1 and len(said) < 700
+
+
+@pytest.mark.parametrize("text,value", [("1e-05", 1e-5), (".5", 0.5), ("3.", 3.0), ("+2", 2.0)])
+def test_numbers_as_people_write_them(text, value):
+    assert main_options(f"--lr={text}").lr == value
+
+
+@pytest.mark.parametrize("text", ["1_0.5", "1.\u0665", " 0.5", "inf", "1e400", "0x1p3"])
+def test_other_numbers_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        main_options(f"--lr={text}")
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_more_agents_than_a_matrix_can_hold_are_refused(capsys):
+    for count in (20_001, 99999999999999999999999):
+        with pytest.raises(SystemExit):
+            main_options(f"--num_models={count}")
+        assert "--num_models" in capsys.readouterr().err
+
+
+def test_the_home_folder_can_be_meant_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data_dir: ~/images\n")
+    flags = ["ckp", "results_dir", "imgntdir", "topology"]
+    o = main_options("--config=~/c.yaml", "--exchange=folder:~/x", *(f"--{flag}=~/x" for flag in flags))
+    assert {getattr(o, flag) for flag in (*flags, "exchange")} == {f"{tmp_path}/x"}
+    assert o.data_dir == f"{tmp_path}/images"
+    assert parse(train_parser(*TRAIN), ["--save_folder=~/x"]).save_folder == f"{tmp_path}/x"
+
+
+def test_options_from_a_file_are_typed_as_if_they_had_been_given():
+    parser = train_parser(*TRAIN)
+    said = {"alpha": "1e-05", "seed": "3", "init_seed": True, "holdout": None, "versions": {"torch": "2"}, "lr": 1}
+    typed = as_typed(parser, said, "x.yaml")
+    assert typed == said | {"alpha": 1e-5, "seed": 3, "lr": 1.0} and type(typed["seed"]) is int
+
+
+@pytest.mark.parametrize("key,value", [
+    ("seed", "x/../../victim"), ("epochs", "../3"), ("data_dist", "x/.."), ("dataset", "/etc"), ("holdout", [1]),
+    ("width_multiplier", 1.5), ("train_samples", True), ("alpha", {"a": 1}), ("seed", -1), ("init_seed", "maybe"),
+    ("data_dist", "--"),
+    ("model", [5]), ("partition_seed", float("nan")),
+])
+def test_what_could_not_have_been_given_is_refused(key, value):
+    with pytest.raises(ValueError, match=rf"x\.yaml says {key}: "):
+        as_typed(train_parser(*TRAIN), {key: value}, "x.yaml")
