@@ -14,14 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401 - what is imported only where it is needed may not be interrupted
+import torchvision.datasets  # noqa: F401
+from matplotlib import font_manager  # noqa: F401 - looks for the machine's fonts, once
 
 from tests.helpers import ROOT, Result
 
 LONGEST = 2000  # characters of a line that says what is wrong
 MEMORY = 3 * 2**30  # bytes beyond what the process has already: a request for more is refused, as on a small machine
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
-           "os.chmod": 1, "shutil.rmtree": 1}  # event -> how many of its arguments are paths
+CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
+           "os.truncate": 1, "os.chmod": 1, "shutil.rmtree": 1}  # event -> how many of its arguments are paths
 BARRED = {"subprocess.Popen": errno.EAGAIN, "os.fork": errno.EAGAIN, "socket.connect": errno.ENETUNREACH,
           "socket.getaddrinfo": errno.ENETUNREACH}
 
@@ -55,7 +58,8 @@ sys.addaudithook(_watch)  # for good: there is no way to take it off
 def sealed(home: Path, cwd: Path, seconds: float) -> Iterator[None]:
     """Nothing in here changes a file outside `home`, starts a process or reaches a network: each fails as it may.
 
-    Nor has it more than MEMORY, and after so many seconds somebody presses Ctrl-C.
+    Nor has it more than MEMORY, and somebody presses Ctrl-C when it has worked for so many seconds, or done nothing for
+    long.
     """
     global _inside
 
@@ -69,18 +73,21 @@ def sealed(home: Path, cwd: Path, seconds: float) -> Iterator[None]:
         patch.setattr(tempfile, "tempdir", str(home))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(home))  # torch makes it where it is imported in full
         os.chdir(cwd)
-        handler = signal.signal(signal.SIGALRM, stop)
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGVTALRM, signal.SIGALRM)}
         try:
             resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
             _outside.clear()
             _inside = home.resolve()
-            signal.setitimer(signal.ITIMER_REAL, seconds, 10)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 10)
+            signal.setitimer(signal.ITIMER_REAL, 20 * seconds, 10)
             yield
         finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             _inside = None
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-            signal.signal(signal.SIGALRM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             os.chdir(before)
 
 

@@ -4,17 +4,17 @@ import tempfile
 from argparse import Action, ArgumentParser, _HelpAction
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib import font_manager  # noqa: F401 - it looks for the machine's fonts, once
 
 from tests.fuzz.sealed import end_of
 
-NUMBERS = ["", " ", " 5 ", "1_000", "\N{ARABIC-INDIC DIGIT ONE}", "\N{SUPERSCRIPT TWO}", "+1", "-1", "-0", "0", "1", "2",
-           "3", "0x10", "1e3", "1e300", "-1e300", "1e-300", "5e-324", "1e309", "nan", "inf", "-inf", "0.1", "1.5",
+NUMBERS = ["", " ", " 5 ", "1_000", "\N{ARABIC-INDIC DIGIT ONE}", "\N{SUPERSCRIPT TWO}", "+1", "-1", "-0", "0", "1",
+           "2", "3", "0x10", "1e3", "1e300", "-1e300", "1e-300", "5e-324", "1e309", "nan", "inf", "-inf", "0.1", "1.5",
            "2147483648", "9223372036854775807", "9223372036854775808", "18446744073709551616", "100000", "1" + "0" * 30,
            "9" * 5000, "True", "Flase", "None"]
 PATHS = [".", "..", "nowhere", "nowhere/deeper", "a_file", "a_file/below", "a_folder", "~", "~/x", "x" * 300,
@@ -90,7 +90,8 @@ def option(draw: st.DrawFn, command: str) -> list[str]:
 
 def command_lines(command: str) -> st.SearchStrategy[list[str]]:
     """What is typed first, and one option or two."""
-    return st.lists(option(command), min_size=1, max_size=2).map(lambda given: COMMANDS[command][1] + sum(given, []))
+    return st.lists(option(command), min_size=1, max_size=2).map(
+        lambda options: [*COMMANDS[command][1], *chain.from_iterable(options)])
 
 
 def furnish(home: Path) -> Path:
