@@ -49,7 +49,8 @@ def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
         names = {short: key for key, short in SHORT.items()}
         settings = (setting.partition("=") for setting in (said.pop("unusual") or "").split(","))
         said |= {names.get(key, key): value for key, _, value in settings if names.get(key, key) in REFERENCE}
-    return as_typed(parser, said | load_yaml(folder / "config.yaml"), str(folder))
+    config = folder / "config.yaml"
+    return as_typed(parser, said, f"the path {folder}") | as_typed(parser, load_yaml(config), str(config))
 
 
 def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> None:

@@ -33,7 +33,7 @@ def test_only_this_programs_own_levels_say_something(tmp_path, above):
                                        ("width_multiplier", 1.5), ("holdout", [1]), ("num_models", "many")])
 def test_a_config_that_lies_is_named(tmp_path, key, value):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({key: value}))
-    with pytest.raises(ValueError, match=f"{tmp_path.name} says {key}: "):
+    with pytest.raises(ValueError, match=rf"config\.yaml says {key}: "):
         describe(tmp_path, make_parser())
 
 

@@ -202,3 +202,11 @@ def test_a_level_of_a_path_leads_nowhere_else(text):
     assert level("lr=0.1") == "lr=0.1" and level(5) == "5"
     with pytest.raises(ValueError, match="level of a path"):
         level(text)
+
+
+def test_a_moved_file_is_on_the_disk_with_its_folder(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr("utils.files.os.fsync",
+                        lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    save_text(tmp_path / "state.pt", "x")
+    assert len(synced) == 2 and synced[0].endswith(".tmp") and synced[1] == str(tmp_path)
