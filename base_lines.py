@@ -54,6 +54,7 @@ from utils.progress import progress
 from utils.results import RunFolder, run_folder
 from utils.scripts import run_script
 from utils.seeds import generator
+from utils.siblings import follow_parent
 from utils.topology import DIRECTED, EXPS, TOPOLOGIES, Topology, make_topology
 
 
@@ -284,6 +285,7 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
+    follow_parent()
     o = parse_once(make_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["base_lines.py", *argv])
 

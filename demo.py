@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.plots import LABELS, accuracy_figure
+from utils.progress import print_anywhere
 from utils.runs import Curve, accuracy_curve, read_metrics
 
 ROOT = Path(__file__).resolve().parent
@@ -42,6 +43,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local_epochs", type=int, default=2, help="epochs between two merges")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    print_anywhere()
     return parser.parse_args(arguments)
 
 

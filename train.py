@@ -39,6 +39,7 @@ from utils.options import parse, pick_device, train_parser
 from utils.progress import progress
 from utils.scripts import run_script
 from utils.seeds import generator
+from utils.siblings import follow_parent
 
 EVAL_BATCH = 500
 TABLE = "model_accuracies.csv"
@@ -255,6 +256,7 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
+    follow_parent()
     options = parse(make_parser(), argv)
     command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
     return run_script(lambda: run(options, command), "checkpoints",

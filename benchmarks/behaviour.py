@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "--dataset=digits --width_multiplier=1 --num_models=3 --train_samples=300 --test_samples=100 --batch_size=50"
 CHECKPOINT = ("checkpoint/digits/resnet20/diff_initialization/models_no3/data_dist_dirichlet/num_epochs_2/"
-              "width=1,train_samples=300,alpha=0.5,batch_size=50/random_seed_0")
+              "width=1,train_samples=300,test_samples=100,alpha=0.5,batch_size=50/random_seed_0")
 MERGES = f"{DATA} --ckp={CHECKPOINT} --exp=2 --merg_itr=3 --training --epochs=1"
 STEPS = f"{DATA} --ckp={CHECKPOINT} --exp=2 --epochs=2 --num_epochs=1"
 GROUP = "torch.distributed.run --standalone --nproc_per_node=3"

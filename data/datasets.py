@@ -6,6 +6,7 @@ one state of the source files (their names, sizes and modification times) and is
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -16,16 +17,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from utils.files import lock
+from utils.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.progress import progress
 from utils.seeds import generator
 
@@ -181,8 +182,9 @@ def some_images(images: ImageSet, parts: Sequence[np.ndarray], agent: int | None
 # ---- the cache -----------------------------------------------------------------------------------
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+DIGEST = "digest"  # of the arrays, in a file beside them
 Arrays = dict[str, np.ndarray]
-CACHE_FORMAT = 1  # part of every fingerprint: raise it when decoding changes
+CACHE_FORMAT = 2  # part of every fingerprint: raise it when decoding changes
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -190,7 +192,7 @@ def fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     for file in files:
         stat = os.stat(file)
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(file) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -219,16 +221,40 @@ def cached(cache: Path, name: str, files: Callable[[], list[Path]], decode: Call
             return _read(cache / found)  # another process has built it
         arrays = decode()
         try:
-            _write(cache, name, found or key(), arrays)
-        except OSError as error:
+            found = found or key()
+            _write(cache, name, found, arrays)
+            return _read(cache / found)
+        except (OSError, ValueError) as error:
             warnings.warn(f"{name}: kept in memory, since {cache} cannot be written ({error})", stacklevel=2)
             return arrays
-        return _read(cache / (found or key()))
 
 
 def _read(folder: Path) -> Arrays:
-    # Copy-on-write maps: pages are read when needed, and torch gets the writable memory that it asks for.
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
+    """The arrays in `folder`. Raises OSError or ValueError when they aren't what was written there."""
+    try:
+        arrays = {name: _map(folder / f"{name}.npy") for name in ARRAYS}
+        sound = _digest(arrays) == read_text(folder / DIGEST)
+    except Exception as error:  # numpy raises half a dozen types for a damaged file
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    if not sound:
+        raise ValueError(f"{folder} is damaged: its arrays aren't those that were written")
+    return arrays
+
+
+def _map(file: Path) -> np.ndarray:
+    # Copy-on-write: pages are read when needed, and torch gets the writable memory that it asks for.
+    open_regular(file).close()  # no pipe, which would be waited for
+    return np.load(file, mmap_mode="c", allow_pickle=False)
+
+
+def _digest(arrays: Arrays) -> str:
+    """A digest of the arrays' types, shapes and labels. Pixels stay unread: a slice of the images is quick to load."""
+    digest = hashlib.sha256()
+    for name in ARRAYS:
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        if name.endswith("labels"):
+            digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def _write(cache: Path, name: str, key: str, arrays: Arrays) -> None:
@@ -236,7 +262,9 @@ def _write(cache: Path, name: str, key: str, arrays: Arrays) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{name}-tmp-", dir=cache))
     try:
         for array_name in ARRAYS:
-            np.save(temporary / f"{array_name}.npy", arrays[array_name])
+            write_atomically(temporary / f"{array_name}.npy",
+                             lambda file, array=arrays[array_name]: np.save(file, array))
+        save_text(temporary / DIGEST, _digest(arrays))
         temporary.chmod(0o755)  # mkdtemp's folders are private; the cache may serve a group
         shutil.rmtree(cache / key, ignore_errors=True)  # only there when it is damaged
         os.replace(temporary, cache / key)
@@ -311,39 +339,45 @@ def _torchvision(kind: str) -> type:
 def _torchvision_arrays(
     name: str, kind: type, data_dir: Path, download: bool, folder: Path, files: list[str], archive: str
 ) -> Arrays:
-    """Arrays of a torchvision data set whose `files` torchvision looks for in `folder`."""
+    """Arrays of a torchvision data set whose `files` torchvision looks for in `folder`.
 
-    def open_split(train: bool) -> Any:
-        failures = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
+    torchvision unpickles CIFAR's files only once their md5 sums are right; MNIST's it takes as they are.
+    """
+
+    def read(part: str, **fetch: bool) -> Arrays:
+        split = kind(str(data_dir), train=part == "train", **fetch)
+        images, labels = np.asarray(split.data), np.asarray(split.targets, dtype=np.int64)
+        # MNIST's kind is n x H x W, CIFAR's n x H x W x C.
+        images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if images.dtype != np.uint8 or images.shape[1:] not in ((1, 28, 28), (3, 32, 32)):
+            raise ValueError(f"{part}: images of type {images.dtype} and shape {images.shape[1:]}")
+        if not 0 < len(images) == len(labels):
+            raise ValueError(f"{part}: {len(images)} images, but {len(labels)} labels")
+        if labels.min() < 0 or labels.max() >= len(split.classes):
+            raise ValueError(f"{part}: labels go from {labels.min()} to {labels.max()}")
+        return {f"{part}_images": images, f"{part}_labels": labels}
+
+    def read_or_fetch(part: str) -> Arrays:
         try:
-            return kind(str(data_dir), train=train)
-        except failures as error:
+            return read(part)
+        except Exception as error:  # torchvision raises a dozen types for a damaged file
             reason = error
         if download:
             try:
                 with _impatient():
-                    return kind(str(data_dir), train=train, download=True)
-            except failures as error:
+                    return read(part, download=True)
+            except Exception as error:
                 reason = error
         raise FileNotFoundError(
             f"{name}: not found or damaged in {folder}, and {'the download failed' if download else 'not downloaded'}"
-            f" ({' '.join(str(reason).split())}): put {', '.join(files)} there ({archive}), "
+            f" ({' '.join(str(reason).split()) or type(reason).__name__}): put {', '.join(files)} there ({archive}), "
             "or name the folder above with --data_dir"
         )
 
-    def decode() -> Arrays:
-        arrays = {}
-        for part, train in (("train", True), ("test", False)):
-            split = open_split(train)
-            images = np.asarray(split.data)
-            # MNIST's kind is n x H x W, CIFAR's n x H x W x C.
-            images = images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-            arrays |= {f"{part}_images": images, f"{part}_labels": np.asarray(split.targets, dtype=np.int64)}
-        return arrays
-
     if not download and not folder.is_dir():
-        open_split(train=True)  # says what is missing, before a cache folder is made
-    return cached(data_dir / ".cache", name, lambda: [folder / file for file in files], decode)
+        read_or_fetch("train")  # says what is missing, before a cache folder is made
+    return cached(data_dir / ".cache", name, lambda: [folder / file for file in files],
+                  lambda: read_or_fetch("train") | read_or_fetch("test"))
 
 
 def _mnist_arrays(name: str, data_dir: Path, download: bool) -> Arrays:
@@ -397,11 +431,13 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 @register_dataset("tinyimgnt")
 def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
-    """A folder in Tiny ImageNet's layout, with any number of classes and images of one size; grey becomes RGB.
+    """A folder in Tiny ImageNet's layout, with any number of classes and images of one size.
 
-    `train/<class>/images/*`, `val/images/*` and `val/val_annotations.txt`; the classes and their order come from
-    `wnids.txt` or, without it, are the sorted folders of `train`. Validation images of other classes are left out.
-    Raises FileNotFoundError for what is missing, ValueError for images of different sizes.
+    `train/<class>/images/*`, `val/images/*` and `val/val_annotations.txt` (image, tab, class, tab, ...); the classes
+    and their order come from `wnids.txt` (one a line) or, without it, are the sorted folders of `train`. Both files are
+    UTF-8, or UTF-16 with its mark. Images become RGB: grey ones are repeated, transparency is dropped, 16 bits are
+    scaled to 8. Hidden files (._x.png, .DS_Store) are passed over; whatever else is left out, a warning counts.
+    Raises FileNotFoundError for what is missing, ValueError for what can't be read and for images of different sizes.
     """
     root = imgntdir or data_dir / "tiny-imagenet-200"
     if not root.exists():
@@ -413,12 +449,14 @@ def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
 
     def decode() -> Arrays:
         arrays = {}
-        for part, (paths, labels) in zip(("train", "test"), _list_tiny(root), strict=True):
-            arrays |= {f"{part}_images": _decode_images(paths, part), f"{part}_labels": np.array(labels, np.int64)}
+        train, val = _list_tiny(root)
+        for part, (paths, labels) in (("train", train), ("test", val)):
+            images = _decode_images(paths, train[0][0], part)
+            arrays |= {f"{part}_images": images, f"{part}_labels": np.array(labels, np.int64)}
         return arrays
 
     # Folders of the same layout do not evict each other.
-    name = "tinyimgnt-" + hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+    name = "tinyimgnt-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     parts = _image_sets(cached(data_dir / ".cache", name, files, decode))
     classes = int(parts["train"].labels.max()) + 1
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -426,7 +464,7 @@ def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
 
 
 def _list_tiny(root: Path) -> list[tuple[list[Path], list[int]]]:
-    """Image paths and labels of the training and of the validation set."""
+    """Image paths and labels of the training and of the validation set; warns of what is left out."""
     wnids, annotations = root / "wnids.txt", root / "val" / "val_annotations.txt"
     for needed in (root / "train", annotations):
         if not needed.exists():
@@ -434,54 +472,117 @@ def _list_tiny(root: Path) -> list[tuple[list[Path], list[int]]]:
                 f"tinyimgnt: {needed} is missing: --imgntdir must be a folder in Tiny ImageNet's layout "
                 "(train/<class>/images, val/images, val/val_annotations.txt)"
             )
-    if wnids.exists():
-        classes = wnids.read_text().split()
-    else:
-        classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
-    label_of = {name: label for label, name in enumerate(classes)}
+    folders = [entry.name for entry in _visible(root / "train") if entry.is_dir()]
+    listed = [line.strip() for line in _lines(wnids)] if wnids.exists() else folders
+    label_of = {name: label for label, name in enumerate(dict.fromkeys(filter(None, listed)))}
+    if not label_of:
+        raise FileNotFoundError(f"tinyimgnt: no class in {wnids if wnids.exists() else root / 'train'}")
 
     train: tuple[list[Path], list[int]] = ([], [])
+    no_images: list[Path] = []
     for name, label in label_of.items():
         folder = root / "train" / name / "images"
-        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        entries = _visible(folder)
+        paths = [entry for entry in entries if _is_image(entry)]
         if not paths:
-            raise FileNotFoundError(f"tinyimgnt: no images of class {name} in {folder}: add them, or edit {wnids}")
+            edit = f"edit {wnids}, which names one class a line" if wnids.exists() else "remove the folder"
+            raise FileNotFoundError(f"tinyimgnt: no images of class {name} in {folder}: add them, or {edit}")
         train[0].extend(paths)
         train[1].extend([label] * len(paths))
+        no_images.extend(entry for entry in entries if not _is_image(entry))
 
-    lines = [line.split() for line in annotations.read_text().splitlines() if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        if len(line) < 2:
-            raise ValueError(f"tinyimgnt: {annotations}, line {number}: {line[0]!r} has no class beside it")
-    kept = [(root / "val" / "images" / line[0], label_of[line[1]]) for line in lines if line[1] in label_of]
-    if not kept:
+    class_of = _read_annotations(annotations, root / "val" / "images")
+    val = {path: label_of[name] for path, name in class_of.items() if name in label_of}
+    if not val:
         raise FileNotFoundError(f"tinyimgnt: {annotations} names no image of the classes in {root / 'train'}")
-    return [train, ([path for path, _ in kept], [label for _, label in kept])]
+
+    for left_out, what in (
+        ([root / "train" / name for name in folders if name not in label_of], f"classes that {wnids} doesn't name"),
+        (no_images, f"training files that are not {', '.join(SUFFIXES)}"),
+        ([path for path in class_of if path not in val], "validation images of other classes"),
+        ([path for path in _visible(root / "val" / "images") if _is_image(path) and path not in class_of],
+         f"validation images that {annotations} doesn't name"),
+    ):
+        if left_out:
+            warnings.warn(f"tinyimgnt: left out {len(left_out)} {what}, such as {left_out[0]}", stacklevel=1)
+    return [train, (list(val), list(val.values()))]
 
 
-def _decode_images(paths: list[Path], part: str) -> np.ndarray:
-    """Decode to uint8 (n, 3, H, W) on a few threads: Pillow decodes outside the interpreter lock."""
+SUFFIXES = (".jpeg", ".jpg", ".png")
 
-    def decode(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError) as error:  # Pillow calls a broken file either
-            raise ValueError(f"tinyimgnt: {path} can't be decoded: {error}") from None
 
-    shape = decode(paths[0]).shape
-    if shape[1] != shape[2]:
-        raise ValueError(f"tinyimgnt: {paths[0]} is {shape[1]}x{shape[2]}: make all images square")
-    images = np.empty((len(paths), *shape), dtype=np.uint8)
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without what the desktops and editors of all systems hide there."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text in UTF-8, or in UTF-16 where its byte-order mark says so."""
+    with open_regular(file) as opened:
+        content = opened.read()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it has zero bytes")
+    except ValueError as error:
+        raise ValueError(f"tinyimgnt: {file} is no text in UTF-8 ({error}): save it as such") from None
+    return text.splitlines()
+
+
+def _read_annotations(file: Path, folder: Path) -> dict[Path, str]:
+    """The class of each image of `folder`, from lines of image and class, split at tabs (or blanks, without a tab)."""
+    class_of: dict[Path, str] = {}
+    for number, line in enumerate(_lines(file), start=1):
+        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
+        if not any(fields):
+            continue
+        if len(fields) < 2 or not all(fields[:2]):
+            raise ValueError(f"tinyimgnt: {file}, line {number}: {line.strip()!r} has no class beside its image")
+        image, name = fields[:2]
+        before = class_of.setdefault(folder / image, name)
+        if before != name:
+            raise ValueError(f"tinyimgnt: {file}, line {number}: {image!r} is of class {name}, but was of {before}")
+    return class_of
+
+
+def _decode_images(paths: list[Path], pattern: Path, part: str) -> np.ndarray:
+    """Decode images of the pattern's size to uint8 (n, 3, H, W) on a few threads: Pillow decodes outside the lock."""
+    size = _decode(pattern).shape[1:]
+    if size[0] != size[1]:
+        raise ValueError(f"tinyimgnt: {pattern} is {size[1]}x{size[0]}: make all images square")
+    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(progress(pool.map(decode, paths), f"decoding {part} images", len(paths), "image")):
-            if image.shape != shape:
-                size, other = ("x".join(map(str, s[1:])) for s in (shape, image.shape))
-                raise ValueError(f"tinyimgnt: {paths[i]} is {other}, {paths[0]} is {size}: resize them to one size")
+        decoded = pool.map(partial(_decode, pattern=pattern, side=size[0]), paths)
+        for i, image in enumerate(progress(decoded, f"decoding {part} images", len(paths), "image")):
             images[i] = image
     return images
+
+
+def _decode(path: Path, pattern: Path | None = None, side: int = 0) -> np.ndarray:
+    """An image as uint8 (3, H, W); it must have `side` rows and columns where there is a pattern."""
+    with open_regular(path) as file:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+                if pattern is None or width == height == side:  # known before anything is decoded
+                    return _rgb(image)
+        except Exception as error:  # Pillow raises half a dozen types for a broken file
+            raise ValueError(f"tinyimgnt: {path} can't be decoded: {' '.join(str(error).split())}") from None
+    raise ValueError(
+        f"tinyimgnt: {path} is {width}x{height}, {pattern} is {side}x{side}: resize them to one size")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255 off
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel: convert it to 8")
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _fetch_tiny(root: Path, download: bool) -> None:

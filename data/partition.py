@@ -49,8 +49,8 @@ def make_partition(
         raise ValueError(f"{num_agents} agents: at least one is needed")
     if phase not in ("pretrain", "finetune"):
         raise ValueError(f"unknown phase {phase!r}: choose from pretrain, finetune")
-    if not 0 < alpha < np.inf:
-        raise ValueError(f"alpha is {alpha}: it must be positive and finite")
+    if not 1e-300 <= alpha <= 1e300:  # beyond, the shares underflow or overflow
+        raise ValueError(f"alpha is {alpha}: it must be between 1e-300 and 1e300")
     labels = {"training": np.asarray(train_labels), "test": np.asarray(test_labels)}
     for what, values in labels.items():
         if len(values) < num_agents:

@@ -3,21 +3,24 @@
     merged = merge(models, weights, method="DIMAT", batches=images)
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from merging.activation_matching import PRIORS, Edge, match_activations
 from merging.averaging import State, weighted_average
-from merging.batch_norm import Batches, reestimate, tracked_norms
+from merging.batch_norm import Batches, device_of, images_in, reestimate, tracked_norms
 from merging.common_basis import between, universe
 from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
 from merging.repair import repair
+from merging.running import is_mixed
 from merging.weight_matching import match_weights
 
 # `python -m merging.permutation` imports this package, and so the module itself, before it runs it: harmless there.
@@ -124,18 +127,24 @@ def merge(
 
     - An agent whose row is a unit vector gets that one model as it is, BatchNorm included, without any pass.
     - Rows that are all the same (fully connected) with shared `batches`: one merge, in agent 0's order of units, serves
-      all; the same dict object is returned N times. The paper's approximation: else every agent would match anew.
+      all; the same dict object is returned N times. The paper's approximation: else every agent would match anew (as
+      they do where their tensors differ in precision).
     - With `local_batches` agent i matches its neighbours' models to its own on its own images and re-estimates its
       merged model on them; nobody else's are read for it.
+    - Images go through a copy of the model in the model's own precision; merged tensors have that of the agent's own.
+    - A module's extra state (`get_extra_state`), other entries that are no tensors, and integers stay the agent's own.
 
     Args:
-        models_or_states: N models of one architecture, or their state dicts (then `model` is needed).
+        models_or_states: N models of one architecture, or their state dicts (then `model` is needed), dense and each
+            tensor on the same device for all.
         weights: mixing matrix (N, N), rows sum to 1: an array, a tensor or nested lists.
         method: a name in METHODS: DIMAT (activation matching), C2M3 (of all models together), WM (weight matching), WA
             (plain averaging) and COMMON (the same, of models that have been brought into a common basis).
-        batches: images (B, ...), or tuples that start with them, shared by all agents; read more than once.
+        batches: shared by all agents and read more than once; each a tensor of images (B, ...), a tuple or list that
+            starts with one, or a dict, of which the first of the keys "image", "images", "pixel_values", "x" and
+            "input" that it has holds the images. What else is in them (labels) is not looked at.
         local_batches: the same, for each agent its own, instead of `batches`.
-        model: the architecture, when state dicts are given.
+        model: the architecture, when state dicts are given (else the first of the models in the highest precision).
         spec: its permutation groups; derived from the model and the first image when not given.
         bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
             agents' models before their activations are matched (local: each on its own images), as in the paper.
@@ -150,8 +159,10 @@ def merge(
 
     Raises:
         ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
-            models of different architectures or with NaN or infinite values (agent and tensor are named); an unknown
-            option; images that are needed and missing, or can be read only once.
+            models of different architectures, on different devices, with tensors that are sparse, quantised or without
+            values, or with NaN or infinite values (agent and tensor are named); an unknown option; images that are
+            needed and missing, can be read only once or are not found in a batch; a model whose forward pass fails on
+            them, or that `derive_spec` refuses.
     """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}: choose from {', '.join(METHODS)}")
@@ -166,8 +177,11 @@ def merge(
     weights = _mixing_matrix(weights, len(states))
 
     wanted = range(len(states)) if agents is None else sorted(agents)
+    if not all(0 <= i < len(states) for i in wanted):
+        raise ValueError(f"agents={list(wanted)}: there are agents 0 to {len(states) - 1}")
     mixing = [i for i in wanted if np.count_nonzero(weights[i]) > 1]
-    once = bool(mixing) and local_batches is None and all_alike(weights)
+    precisions = {tuple(value.dtype for value in _mixed(state).values()) for state in states if state is not None}
+    once = bool(mixing) and local_batches is None and all_alike(weights) and len(precisions) == 1
     bases = [0] if once else mixing
     sources = {i: np.flatnonzero(weights[i]).tolist() for i in bases}
     involved = sorted({agent for i in bases for agent in (i, *sources[i])})
@@ -175,6 +189,9 @@ def merge(
         for j in np.flatnonzero(weights[i]).tolist():
             if states[j] is None:
                 raise ValueError(f"agent {i} takes agent {j}'s model (weight {weights[i, j]:.4g}), which is None")
+    for i in {*bases, *mixing}:
+        if states[i] is None:
+            raise ValueError(f"agent {i} merges others' models, in the order of its own, which is None")
     resets = bn_reset != "none" and bool(tracked_norms(model))
     resets_first = resets and bn_reset == "both" and way.reads_images
 
@@ -188,7 +205,7 @@ def merge(
     images = _images_per_agent(batches, local_batches, len(states), read)
 
     if way.permutes and spec is None and bases:
-        spec = derive_spec(model, _first_image(images[bases[0]], next(model.parameters()).device))
+        spec = derive_spec(model, _first_image(images[bases[0]], device_of(model.state_dict())))
     senders = list(states)
     for i in involved if resets_first else ():
         senders[i] = outgoing(model, states[i], images[i], bn_reset, compared=True)
@@ -214,14 +231,21 @@ def merge(
         ]
         # Integer buffers come from agent i even where w_ii is 0, as in a bipartite graph of three.
         shares = weights[i, sources[i]].tolist()
-        merged[i] = weighted_average([senders[i], *moved], [0, *shares])
+        merged[i] = senders[i] | weighted_average([_mixed(state) for state in (senders[i], *moved)], [0, *shares])
         if rescale:
             merged[i] = repair(model, merged[i], moved, shares, images[i])
         if resets:
             merged[i] = reestimate(model, merged[i], images[i])
     result: list[State | None] = [None] * len(states)
     for i in wanted:
-        result[i] = merged[0] if once else merged[i] if i in merged else _clone(states[int(weights[i].argmax())])
+        if once or i in merged:
+            result[i] = merged[0 if once else i]
+            if kept := {key: copy.deepcopy(value) for key, value in states[i].items() if not is_mixed(key, value)}:
+                result[i] = result[i] | kept
+        else:
+            state = states[int(weights[i].argmax())]
+            result[i] = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                         for key, value in state.items()}
     return result
 
 
@@ -240,8 +264,9 @@ def match_stats(spec: PermutationSpec, agent: int, neighbour: int, permutations:
                    "correlation": correlations.get(group), "moved": moved}
 
 
-def _clone(state: State) -> State:
-    return {key: value.clone() for key, value in state.items()}
+def _mixed(state: State) -> State:
+    """What of a state dict is averaged."""
+    return {key: value for key, value in state.items() if is_mixed(key, value)}
 
 
 def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None]]:
@@ -249,13 +274,19 @@ def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Modu
     given = list(given)
     if not given:
         raise ValueError("merge needs at least one model")
+    for agent, one in enumerate(given):
+        if not isinstance(one, (nn.Module, Mapping, type(None))):
+            raise ValueError(f"agent {agent}'s model is a {type(one).__name__}: pass models or state dicts")
     if model is None:
-        model = next((one for one in given if isinstance(one, nn.Module)), None)
-        if model is None:
+        modules = [one for one in given if isinstance(one, nn.Module)]
+        if not modules:
             raise ValueError("merge was given state dicts: pass the architecture as model= as well")
+        model = max(modules, key=lambda one: max((p.dtype.itemsize for p in one.parameters()), default=0))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model= is a {type(model).__name__}: pass the architecture, an nn.Module")
     states = [one.state_dict() if isinstance(one, nn.Module) else one for one in given]
-    states = [state and {key: value.detach() for key, value in state.items()} for state in states]
     expected = model.state_dict()
+    first = next((state for state in states if state is not None), expected)
     for agent, state in enumerate(states):
         if state is None:
             continue
@@ -263,14 +294,33 @@ def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Modu
             if key not in state or key not in expected:
                 side = "lacks" if key not in state else "has an unexpected"
                 raise ValueError(f"agent {agent}'s model {side} {key!r}: all agents need the architecture of `model`")
-            if state[key].shape != expected[key].shape:
-                raise ValueError(
-                    f"agent {agent}'s {key!r} has shape {tuple(state[key].shape)}, `model` has "
-                    f"{tuple(expected[key].shape)}: all agents need the same architecture"
-                )
-            if not torch.isfinite(state[key]).all():
-                raise ValueError(f"agent {agent}'s {key!r} has NaN or infinite values: it has diverged, leave it out")
-    return model, states
+            if is_mixed(key, state[key]) or is_mixed(key, expected[key]):
+                _check_tensor(f"agent {agent}'s {key!r}", state[key], expected[key])
+                if state[key].device != first[key].device:
+                    raise ValueError(f"agent {agent}'s {key!r} is on {state[key].device}, another agent's on "
+                                     f"{first[key].device}: bring the models to one device")
+    return model, [None if state is None else {
+        key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items()
+    } for state in states]
+
+
+def _check_tensor(name: str, tensor: Any, expected: Any) -> None:
+    """Raises ValueError for what can't be averaged with tensors like `expected`, the model's own."""
+    for owner, value in ((name, tensor), (f"`model`'s tensor for {name}", expected)):
+        what = ("not a tensor" if not isinstance(value, Tensor) else
+                "not initialised (run the model on some images)" if is_lazy(value) else
+                "without values, on the meta device" if value.is_meta else
+                "quantised" if value.is_quantized or (value.is_floating_point() and value.dtype.itemsize == 1) else
+                "sparse or nested" if value.layout != torch.strided or value.is_nested else "")
+        if what:
+            raise ValueError(f"{owner} is {what}: dense tensors of numbers are needed")
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, `model` has {tuple(expected.shape)}: all agents "
+                         "need the same architecture")
+    if any(kind(expected) and not kind(tensor) for kind in (torch.is_floating_point, torch.is_complex)):
+        raise ValueError(f"{name} is of {tensor.dtype}, `model`'s of {expected.dtype}, which is another kind of number")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} has NaN or infinite values: it has diverged, leave it out")
 
 
 def _mixing_matrix(weights: Any, num_agents: int) -> np.ndarray:
@@ -304,10 +354,14 @@ def _images_per_agent(
             raise ValueError(f"{reader} reads images, but {name} is None: pass some")
         if isinstance(images[agent], Iterator):
             raise ValueError(f"{name} is an iterator, which can be read only once: pass a list or another re-iterable")
+        if isinstance(images[agent], Mapping) or not (
+                hasattr(images[agent], "__iter__") or hasattr(images[agent], "__getitem__")):
+            raise ValueError(f"{name} is a {type(images[agent]).__name__}: pass a list of batches or a DataLoader")
     return images
 
 
 def _first_image(batches: Batches, device: torch.device) -> Tensor:
-    for batch in batches:
-        return (batch if isinstance(batch, Tensor) else batch[0])[:1].to(device)
+    for images in map(images_in, batches):
+        if len(images):
+            return images[:1].to(device)
     raise ValueError("the batches hold no images: pass at least one batch")

@@ -4,28 +4,54 @@ The statistics of a merged network are not the average of the statistics: withou
 to chance (REPAIR, Jordan et al. 2022; DIMAT, section 4).
 """
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from merging.averaging import State
+from merging.running import own_copy, run
 from utils.progress import progress
 
-Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
+Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input")
+
+
+def images_in(batch: Any) -> Tensor:
+    """A batch's images: itself, the first entry of a tuple or list, or the first of IMAGE_KEYS that a mapping has.
+
+    Nothing else of the batch is looked at. Raises ValueError where there are none.
+    """
+    images = batch
+    if isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
+    elif isinstance(batch, Mapping):
+        key = next((key for key in IMAGE_KEYS if key in batch), None)
+        if key is None:
+            raise ValueError(f"a batch is a dict with the keys {', '.join(map(repr, batch))}, none of which is one of "
+                             f"{', '.join(map(repr, IMAGE_KEYS))}: name its images so, or pass the images alone")
+        images = batch[key]
+    if not isinstance(images, Tensor) or images.ndim == 0:
+        found = "a single number" if isinstance(images, Tensor) else f"of type {type(images).__name__}"
+        raise ValueError(f"the images of a batch are {found}: a batch is a tensor of images (B, ...), a tuple or list "
+                         f"that starts with one, or a dict that has one as {', '.join(map(repr, IMAGE_KEYS))}")
+    return images
 
 
 def images_of(batches: Batches, device: torch.device, desc: str) -> Iterator[Tensor]:
-    """The images of every batch on `device`, with a progress bar; a batch is a tensor or a tuple that starts with one.
+    """The images of every batch that has some, on `device`, with a progress bar; see `images_in`.
 
     Raises ValueError when there is none (an iterator that was read before looks like this).
     """
     empty = True
     for batch in progress(batches, desc=desc, unit="batch"):
-        empty = False
-        yield (batch if isinstance(batch, Tensor) else batch[0]).to(device, non_blocking=True)
+        images = images_in(batch)
+        if len(images):
+            empty = False
+            yield images.to(device, non_blocking=True)
     if empty:
         raise ValueError(f"{desc}: the batches hold no images; pass at least one batch, in something that can be read "
                          "more than once (a list, a DataLoader), not a used-up iterator")
@@ -33,7 +59,7 @@ def images_of(batches: Batches, device: torch.device, desc: str) -> Iterator[Ten
 
 def device_of(state: State) -> torch.device:
     """The device of a state dict's first tensor (a state dict lives on one device)."""
-    return next((tensor.device for tensor in state.values()), torch.device("cpu"))
+    return next((tensor.device for tensor in state.values() if isinstance(tensor, Tensor)), torch.device("cpu"))
 
 
 def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -58,7 +84,7 @@ def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     if not tracked_norms(model):
         return state
     device = device_of(state)
-    model = copy.deepcopy(model).to(device).eval()
+    model = own_copy(model).to(device)
     model.load_state_dict(state)
     norms = tracked_norms(model)
     for norm in norms.values():
@@ -68,6 +94,6 @@ def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     with torch.no_grad():
         for k, x in enumerate(images_of(batches, device, "BatchNorm")):
             if k == 0 or len(x) > 1:
-                model(x)
+                run(model, x)
     fresh = {f"{name}.{key}".lstrip("."): value for name, norm in norms.items() for key, value in norm.named_buffers()}
     return {key: fresh[key].to(value.dtype) if key in fresh else value for key, value in state.items()}

@@ -11,20 +11,23 @@ it.
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run
 from merging.tracing import Recorder, Source, Trace, UnsupportedOperation, Watch, tensors_of, tensors_within
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
 from utils.plots import groups_figure
+from utils.progress import print_anywhere
 
 __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read", "UnsupportedOperation", "derive_spec",
            "describe", "identity", "invert", "permute", "random_permutations", "spec_from_axes", "verify"]
@@ -32,7 +35,7 @@ __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read",
 Permutations = dict[str, Tensor]
 """Group -> int64 (units,): the new unit k is the old unit p[k]."""
 
-Example = Tensor | Sequence[Tensor]
+Example = Tensor | Sequence[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,19 +120,22 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     """Watch `model` at work and find which entries of its tensors can be permuted together.
 
     model: any network; it is not changed.
-    example: an input batch (B, ...), or a tuple of several inputs; only shapes and types count.
+    example: an input batch (B, ...), or a tuple of the forward pass's inputs, of which those that are no tensors (or
+        have no dimension) are passed as they are. Only shapes and types count, unless the network gives nothing finite
+        for random values (see `verify`).
     check: permute the units that were found, and compare the outputs in float64 (see `verify`): an error in the
         derivation is an exception here, never a wrong merge later.
     What the model's inputs and outputs hold is never permuted. What can't be permuted is listed in `spec.fixed`: an
     operation that is not known fixes what goes into it.
 
     Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, and for
-    parameters or buffers that it does not use; ValueError when the model refuses the example.
+    parameters or buffers that it does not use and that may hold units; ValueError when the model refuses the example,
+    can't be copied, or doesn't pass the check.
     """
     inputs = _samples(model, example)
-    original, model = model, copy.deepcopy(model)
+    original, model = model, own_copy(model)
     shared = units, names, state, _ = Units(), _names(model), {}, {}
-    trace = _watch(model.eval(), inputs, *shared)
+    trace = _watch(model, inputs, *shared)
     failure = ""
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
@@ -139,7 +145,7 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
     everything = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(everything.items())}
     unused = [name for name, tensor in everything.items() if names.get(id(tensor), first[id(tensor)]) not in state
-              and _matters(name)]
+              and _matters(name) and is_mixed(name, tensor) and _may_hold_units(tensor)]
     if unused:
         raise UnsupportedOperation(
             f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
@@ -155,8 +161,8 @@ def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> Pe
 @torch.no_grad()
 def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: tuple[Tensor, ...]) -> None:
     """Reads are found by counting calls, which must not depend on the size of the batch."""
-    with Watch() as count:
-        model(*inputs)
+    count = Watch()
+    run(model, *inputs, within=count, what="inputs")
     for function in {read.function for reads in spec.reads.values() for read in reads}:
         if count.calls[function] != trace.calls[function]:
             raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
@@ -168,17 +174,40 @@ def _matters(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _samples(model: nn.Module, example: Example, number: int = 2) -> tuple[Tensor, ...]:
+def _may_hold_units(tensor: Tensor) -> bool:
+    """Counters, masks and single numbers are nothing that units could be permuted in."""
+    return tensor.numel() > 1 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _normal(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=noise)
+
+
+def _uniform(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=noise)
+
+
+def _near(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """The example's own values, each up to a tenth larger: equal ones would hide faults."""
+    return x.detach().cpu()[torch.arange(shape[0]) % len(x)] * (1 + 0.1 * torch.rand(shape, generator=noise))
+
+
+def _samples(model: nn.Module, example: Example, number: int = 2, draw: Callable[..., Tensor] = _normal) -> tuple:
     """Inputs of several samples, so that the batch doesn't pass for a dimension of length 1."""
+    if isinstance(example, (Mapping, str)):
+        raise ValueError(f"an example is a tensor or a tuple of the forward pass's inputs, not a "
+                         f"{type(example).__name__}: pass its inputs in their order")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.Generator().manual_seed(0)
 
-    def sample(x: Tensor) -> Tensor:
+    def sample(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.ndim:
+            return x
         shape = (number, *x.shape[1:])
-        if x.is_floating_point():
-            return torch.randn(shape, generator=noise).to(like.device, like.dtype)
+        if x.is_floating_point() or x.is_complex():
+            return draw(x, shape, noise).to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         top = int(x.max()) + 1 if x.numel() and x.dtype != torch.bool else 1  # numbers as large as the example's
-        return torch.randint(top, shape, generator=noise).to(like.device, x.dtype)
+        return torch.randint(max(top, 1), shape, generator=noise).to(like.device, x.dtype)
 
     return tuple(map(sample, (example,) if isinstance(example, Tensor) else example))
 
@@ -192,22 +221,14 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, inputs: tuple[Tensor, ...], units: Units, names: dict[int, str],
+def _watch(model: nn.Module, inputs: tuple, units: Units, names: dict[int, str],
            state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
     trace = Trace(units, names, state, grouped, tensors_of(attributes))
-    for x in inputs:
+    for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
-    try:
-        with trace:
-            outputs = model(*inputs)
-    except UnsupportedOperation:
-        raise
-    except Exception as error:  # the model's own code runs here: anything can be raised
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(f"{type(model).__name__} fails on an example of shape {shapes}: {error}") from error
-    for tensor in tensors_within(outputs):
+    for tensor in tensors_within(run(model, *inputs, within=trace, what="an example")):
         units.fix(trace.layout(tensor), "the model's output")
     return trace
 
@@ -277,48 +298,119 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
     """Check that permuting the units of every group leaves the function alone; the relative error of the outputs.
 
     On a copy in float64 on the CPU, with random inputs, and random values instead of constant ones in its tensors (as a
-    fresh BatchNorm has them), which would hide a fault.
-    Raises ValueError, naming a group at fault, if the outputs differ by more than `tolerance`.
+    fresh BatchNorm has them), which would hide a fault. Inputs are standard normal; where these don't give finite
+    outputs (a logarithm), uniform between 0 and 1, or else close to the example. What the network asks for in a lower
+    precision is in float64 as well. A network that can't run so is checked as it is, where it is; then `tolerance` is a
+    hundred times what rounding its tensors to their precision does to the outputs.
+    Each output tensor is compared on its own.
+
+    Raises ValueError, naming a group at fault, if the outputs differ by more than `tolerance`, and where they can't be
+    compared: there are none, none is finite, or they depend on more than inputs and tensors.
     """
-    model = copy.deepcopy(model).cpu().double().eval()
-    noise = torch.Generator().manual_seed(1)
-    inputs = _samples(model, example)
-    own, state = model.state_dict(keep_vars=True), model.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and tensor.numel() > 1 and (tensor.ndim == 1 or tensor.min() == tensor.max()):
+    try:
+        return _verify(model, spec, example, lambda: own_copy(model).cpu().double(), tolerance)
+    except DoesNotRun as failure:
+        try:
+            return _verify(model, spec, example, lambda: own_copy(model), None)
+        except DoesNotRun:
+            raise failure from None
+
+
+def _verify(original: nn.Module, spec: PermutationSpec, example: Example, fresh: Callable[[], nn.Module],
+            tolerance: float | None) -> float:
+    """See `verify`. fresh() is a copy to check, in float64; or, with a tolerance of None, as it is."""
+    kind, wide = type(original).__name__, tolerance is not None
+    model, noise = fresh(), torch.Generator().manual_seed(1)
+    state = model.state_dict()
+    _make_unlike(state, noise)
+
+    @torch.no_grad()
+    def outputs(state: Mapping[str, Any], model: nn.Module = model) -> list[Tensor]:
+        Slots(model).put(state)
+        results = run(model, *inputs, within=DoublePrecision() if wide else None, what="inputs")
+        return [(torch.view_as_real(y) if y.is_complex() else y).double().flatten().cpu()
+                for y in tensors_within(results)]
+
+    tried = []
+    for draw in (_normal, _uniform, _near):
+        inputs = _samples(model, example, draw=draw)
+        expected = outputs(state)
+        tried.append((sum(int(y.isfinite().sum()) for y in expected), inputs, expected))
+        if tried[-1][0] == sum(map(len, expected)):
+            break
+    finite, inputs, expected = max(tried, key=lambda one: one[0])
+    if not finite:
+        what = "only NaN and infinite values" if any(map(len, expected)) else "no values"
+        raise ValueError(f"{kind} puts out {what}, so there is nothing to check a spec by: pass an example of inputs "
+                         "that it puts out numbers for")
+
+    if tolerance is None:
+        rounded, coarsest = _rounded(state, noise)
+        tolerance = 100 * max(_error(outputs(rounded), expected), coarsest)
+        if not tolerance <= 1e-2:
+            raise DoesNotRun(f"the outputs of {kind} depend too much on rounding to check a spec by")
+
+    def fits(found: list[Tensor]) -> bool:
+        return _error(found, expected) <= tolerance
+
+    permutations = random_permutations(spec, noise)
+    permuted = permute(spec, permutations, state)
+    worst = _error(outputs(permuted), expected)
+    if worst <= tolerance:
+        return worst
+    if not fits(outputs(state, fresh())):
+        raise ValueError(f"{kind} puts out other values for the same inputs and tensors in evaluation mode: a spec can "
+                         "be checked where its forward pass neither draws random numbers nor changes tensors")
+    if fits(outputs(permuted, fresh())):
+        raise ValueError(f"{kind} keeps values from one forward pass to the next that belong to the tensors it had "
+                         "then, as a cache does: switch that off for merging")
+    nothing = identity(spec)
+    for group in spec.sizes:
+        together = {group, spec.blocks.get(group, group)}
+        together |= {other for other, outer in spec.blocks.items() if outer in together}
+        part = permute(spec, nothing | {name: permutations[name] for name in together}, state)
+        error = _error(outputs(part), expected)
+        if not error <= tolerance:
+            raise ValueError(f"permuting the units of group {group!r} changes the outputs by {error:.1e} (relative): "
+                             f"the spec does not fit {kind}")
+    raise ValueError(f"permuting all groups changes the outputs by {worst:.1e} (relative)")
+
+
+def _make_unlike(state: Mapping[str, Any], noise: torch.Generator) -> None:
+    """Adds noise to the tensors of a state dict that are vectors or constant, in place: equal values hide faults."""
+    for name, tensor in _numbers(state).items():
+        if tensor.numel() > 1 and (tensor.ndim == 1 or tensor.min() == tensor.max()):
             spread = float(tensor.std())
             scale = 0.1 * (spread if spread > 0 else float(tensor.abs().mean()) or 1.0)
             positive = name.endswith("running_var")
             noisy = torch.randn(tensor.shape, generator=noise, dtype=torch.float64).mul_(scale)
-            tensor += noisy.abs() if positive else noisy
+            tensor += (noisy.abs() if positive else noisy).to(tensor)
 
-    @torch.no_grad()
-    def outputs(state: dict[str, Tensor]) -> Tensor:
-        for name, tensor in own.items():
-            tensor.data = state[name]
-        results = tensors_within(model(*inputs))
-        return torch.cat([result.double().flatten() for result in results])
 
-    def error(permutations: Permutations) -> float:
-        difference = outputs(permute(spec, permutations, state)) - expected
-        return float(difference.norm() / expected.norm().clamp(min=1e-300))
+def _rounded(state: Mapping[str, Any], noise: torch.Generator) -> tuple[dict[str, Any], float]:
+    """A state dict whose numbers are off by about their precision, and the coarsest of these."""
+    off = {name: torch.finfo(tensor.dtype).eps for name, tensor in _numbers(state).items()}
+    return {name: tensor * (1 + off[name] * torch.randn(tensor.shape, generator=noise).to(tensor)) if name in off
+            else tensor for name, tensor in state.items()}, max(off.values(), default=0.0)
 
-    expected = outputs(state)
-    permutations = random_permutations(spec, noise)
-    worst = error(permutations)
-    if not worst <= tolerance:
-        nothing = identity(spec)
-        for group in spec.sizes:
-            together = {group, spec.blocks.get(group, group)}
-            together |= {other for other, outer in spec.blocks.items() if outer in together}
-            part = nothing | {name: permutations[name] for name in together}
-            if not error(part) <= tolerance:
-                raise ValueError(
-                    f"permuting the units of group {group!r} changes the outputs by {error(part):.1e} (relative): the "
-                    f"spec does not fit {type(model).__name__}"
-                )
-        raise ValueError(f"permuting all groups changes the outputs by {worst:.1e} (relative)")
-    return worst
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if is_mixed(name, tensor) and tensor.is_floating_point()}
+
+
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest of the output tensors' relative errors; infinite where something not finite isn't what it was."""
+    if [len(y) for y in found] != [len(y) for y in expected]:
+        return math.inf
+    differences, sizes = [], []
+    for y, right in zip(found, expected, strict=True):
+        finite = right.isfinite()
+        if not torch.allclose(y[~finite], right[~finite], equal_nan=True):
+            return math.inf
+        differences.append(float((y[finite] - right[finite]).norm()))
+        sizes.append(float(right[finite].norm()))
+    least = max(1e-4 * math.hypot(*sizes), 1e-300)  # a small output may be nothing but the rounding of large ones
+    return max(difference / max(size, least) for difference, size in zip(differences, sizes, strict=True))
 
 
 def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example) -> PermutationSpec:
@@ -485,14 +577,14 @@ class FeatureReader:
 
     at: "last" reads a group once, at the input of the last layer that consumes it (after the activation; before a
     global pool, flatten or dropout that leads there), as in the paper; "all" at every distinct consumer input.
-    Runs a copy of the model in eval mode, as far as the last read, with the tensors of `state`.
+    Runs a copy of the model in eval mode, as far as the last read, with the tensors of `state` in its own precision.
     """
 
     def __init__(self, model: nn.Module, spec: PermutationSpec, at: str = "all", device: torch.device | None = None):
         if at not in ("last", "all"):
             raise ValueError(f"at={at!r}: choose 'last' or 'all'")
-        self.model = copy.deepcopy(model).eval().to(device)
-        self.tensors = dict(self.model.state_dict(keep_vars=True))
+        self.model = own_copy(model).to(device)
+        self.slots = Slots(self.model)
         self.reads = {group: spec.reads_at(group, at) for group in spec.reads}
         self.wanted: dict[tuple[str, int], list[int]] = {}
         for reads in self.reads.values():
@@ -517,15 +609,9 @@ class FeatureReader:
             if not left:
                 raise _Enough
 
-        # In place of the copy's own tensors, however many modules share them (functional_call leaves a module that has
-        # two names with tensors of the last call).
-        for name, tensor in self.tensors.items():
-            tensor.data = state[name].detach()
-        try:
-            with Recorder(self.wanted, take):
-                self.model(*inputs)
-        except _Enough:
-            pass
+        self.slots.put(state)
+        with contextlib.suppress(_Enough):
+            run(self.model, *inputs, within=Recorder(self.wanted, take))
         if left:
             raise ValueError(f"{left} of the layers that read features were not reached: the forward pass of "
                              f"{type(self.model).__name__} takes another way than when the spec was derived")
@@ -592,6 +678,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--in_channels", type=int, default=3)
     parser.add_argument("--width_multiplier", type=int, default=8)
     parser.add_argument("--plot", metavar="FILE.png", help="draw the groups over the model's layers (png, pdf, svg)")
+    print_anywhere()
     options = parser.parse_args(argv)
     try:
         model = build_model(

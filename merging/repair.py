@@ -7,7 +7,6 @@ mends that once its statistics are estimated anew; this is for the layers withou
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from merging.averaging import State
 from merging.batch_norm import Batches, device_of, images_of, tracked_norms
+from merging.running import own_copy, run
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Moments = tuple[Tensor, Tensor]
@@ -40,7 +40,7 @@ def unnormalised(model: nn.Module, x: Tensor) -> list[str]:
     hooks += [norm.register_forward_pre_hook(before_norm) for norm in norms]
     try:
         with torch.no_grad():
-            model(x)
+            run(model, x)
     finally:
         for hook in hooks:
             hook.remove()
@@ -65,7 +65,7 @@ def repair(model: nn.Module, merged: State, parents: Sequence[State], weights: S
     A model without such layers makes no pass: `merged` itself comes back. Nothing that is passed in is changed.
     """
     device = device_of(merged)
-    runner = copy.deepcopy(model).to(device).eval()
+    runner = own_copy(model).to(device)
     names: list[str] | None = None
     for norm in tracked_norms(runner).values():
         norm.train()
@@ -99,7 +99,7 @@ def repair(model: nn.Module, merged: State, parents: Sequence[State], weights: S
 
             runner.load_state_dict(merged)
             with _watched(runner, names, correct):
-                runner(x)
+                run(runner, x)
             counted += 1
     layers = dict(model.named_modules())
     repaired = dict(merged)
@@ -123,7 +123,7 @@ def _moments(model: nn.Module, state: State, names: Sequence[str], x: Tensor) ->
 
     model.load_state_dict(state)
     with _watched(model, names, note):
-        model(x)
+        run(model, x)
     return found
 
 

@@ -79,14 +79,15 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def tensors_within(tree: Any) -> list[Tensor]:
-    """Those in the fields of objects too."""
+def tensors_within(tree: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Those in the fields of objects too (but not of objects that these lie in)."""
     found = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, Callable)):
-            found += tensors_within(vars(leaf))
+        elif id(leaf) not in seen and not isinstance(leaf, (type, Callable)):
+            fields = [*getattr(leaf, "__dict__", ()), *getattr(type(leaf), "__slots__", ())]
+            found += tensors_within([getattr(leaf, name, None) for name in fields], seen | {id(leaf)})
     return found
 
 

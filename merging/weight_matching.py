@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merging.assignment import assign, inner_groups, within_blocks
 from merging.permutation import Member, Permutations, PermutationSpec, identity, nest, permute_tensor
+from merging.running import is_mixed
 from utils.seeds import generator
 
 _NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,7 +32,8 @@ def match_weights(
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations={max_iterations}: at least one sweep is needed")
-    weights = [name for name in spec.tensors if name.rpartition(".")[2] not in _NOT_WEIGHTS]
+    weights = [name for name in spec.tensors
+               if is_mixed(name, state_a[name]) and name.rpartition(".")[2] not in _NOT_WEIGHTS]
     matching = _Matching(spec, *({name: state[name].detach().cpu().double() for name in weights}
                                  for state in (state_a, state_b)))
     groups = [group for group in spec.sizes if group not in spec.blocks]

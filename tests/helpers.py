@@ -85,6 +85,22 @@ def children(process: int) -> list[int]:
     return sorted(map(int, listed.read_text().split())) if listed.exists() else []
 
 
+def descendants(process: int) -> list[int]:
+    return [pid for child in children(process) for pid in (child, *descendants(child))]
+
+
+def wait_until_gone(processes: Sequence[int], seconds: float = 30) -> None:
+    def runs(pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    end = time.monotonic() + seconds
+    while left := [pid for pid in processes if runs(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
 def folder_of(said: Result | str, home: Path) -> Path:
     """The run folder that a script named last, run in `home`."""
     printed = said if isinstance(said, str) else said.stdout

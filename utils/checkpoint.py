@@ -14,8 +14,8 @@ from torch import Tensor
 
 from utils.files import REFERENCE, SHORT, level, load_tensors, load_yaml, variant
 from utils.options import as_typed
+from utils.wire import State
 
-State = dict[str, Tensor]
 INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
 
 

@@ -13,24 +13,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
-from utils.wire import pack, through, unpack, wire_bytes
+from utils.wire import State, pack, through, unpack, wire_bytes
 
 BACKENDS = ("auto", "gloo", "nccl")
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,20 @@ class _Here:
         return self.vectors
 
 
+def homes(num_agents: int, world: int) -> dict[int, int]:
+    """Agent -> rank: blocks of neighbouring numbers."""
+    return {i: r for r, block in enumerate(np.array_split(range(num_agents), world)) for i in block.tolist()}
+
+
+def _living_at(rank: int, home: Mapping[int, int]) -> str:
+    return ", ".join(str(i) for i, r in home.items() if r == rank)
+
+
+def _named(rank: int, home: Mapping[int, int]) -> str:
+    agents = _living_at(rank, home)
+    return f"rank {rank} (agent{'s' * (',' in agents)} {agents})"
+
+
 class ManyProcesses(Network):
     """Agents dealt out to the ranks in blocks: point to point, non-blocking.
 
@@ -164,7 +178,7 @@ class ManyProcesses(Network):
     def __init__(self, num_agents: int, device: torch.device, timeout: timedelta) -> None:
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.recorded = tuple(range(num_agents))
-        self.home = {i: r for r, block in enumerate(np.array_split(self.recorded, world)) for i in block.tolist()}
+        self.home = homes(num_agents, world)
         self.agents = tuple(i for i, r in self.home.items() if r == self.rank)
         self.is_writer = self.rank == 0
         self.device, self.timeout = device, timeout
@@ -204,7 +218,7 @@ class ManyProcesses(Network):
         return mine | {j: unpack(vector, like, wire) for j, vector in arrived.items()}
 
     def _living_at(self, rank: int) -> str:
-        return ", ".join(str(i) for i, r in self.home.items() if r == rank)
+        return _living_at(rank, self.home)
 
     def _staged(self, vectors: Iterable[Tensor]) -> dict[int, Tensor]:
         """id -> a copy from which the vector leaves: whoever handed it in may write to it again."""
@@ -314,6 +328,9 @@ class _OnItsWay:
 
 # Joining the other processes
 
+STARTING = 30.0  # seconds that some may still be importing torch when others are done, whatever --timeout says
+IN_SILENCE = 5.0  # seconds to wait for them without a word
+
 
 def is_launched() -> bool:
     """Whether torchrun or torch.distributed.launch started this process."""
@@ -321,7 +338,36 @@ def is_launched() -> bool:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0)) if is_launched() else 0
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def group_size() -> int:
+    """The processes of this group; 0 where nobody has launched one."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 0
+
+
+NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+
+
+def check_launcher() -> None:
+    """Raises ValueError where the environment asks for a group, but doesn't say how to be one of it."""
+    if not is_launched():
+        return
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"the environment asks for a group of processes, but {what}: unset RANK and WORLD_SIZE to run "
+                         "as one process, or let torchrun set all of them")
+
+    for name in NUMBERS:
+        if not re.fullmatch("[0-9]{1,9}", os.environ.get(name, "0")):
+            refuse(f"{name}={os.environ[name]!r} is no whole number")
+    if rank() >= group_size():
+        refuse(f"RANK={rank()} is not below WORLD_SIZE={group_size()}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            refuse(f"{name}, where they meet, is missing")
+    if int(os.environ["MASTER_PORT"]) > 65535:
+        refuse(f"MASTER_PORT={os.environ['MASTER_PORT']} is no port (0 to 65535)")
 
 
 def is_restart() -> bool:
@@ -347,14 +393,16 @@ def local_device(name: str) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def pick_backend(name: str, device: torch.device, store: dist.Store, world: int) -> str:
+def _gpu(device: torch.device) -> str:
+    """What tells this process's GPU from all others; 'none' where nccl can't use it."""
+    if device.type != "cuda" or not dist.is_nccl_available():
+        return "none"
+    return f"{socket.gethostname()} {getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
+
+
+def pick_backend(name: str, gpus: Sequence[str]) -> str:
     """nccl where every process has a GPU to itself, else gloo; all decide alike. ValueError where nccl can't be."""
-    mine = "none"
-    if device.type == "cuda" and dist.is_nccl_available():
-        mine = f"{socket.gethostname()} {getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
-    store.set(f"gpu of {rank()}", mine)
-    gpus = [store.get(f"gpu of {k}").decode() for k in range(world)]
-    able = "none" not in gpus and len(set(gpus)) == world
+    able = "none" not in gpus and len(set(gpus)) == len(gpus)
     if name == "nccl" and not able:
         raise ValueError("--backend nccl needs a GPU of its own for every process: use gloo")
     return "nccl" if able and name != "gloo" else "gloo"
@@ -374,7 +422,7 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
         yield OneProcess(num_agents)
         return
     limit = timedelta(seconds=timeout)
-    world = int(os.environ["WORLD_SIZE"])
+    world = group_size()
     if world != num_agents and (one_each or world > num_agents):
         raise ValueError(f"{world} processes for --num_models {num_agents}: launch one for each agent "
                          f"(--nproc_per_node={num_agents}), or {'none' if one_each else 'fewer'}")
@@ -392,25 +440,80 @@ def _join(num_agents: int, file: Path | None, device: torch.device, backend: str
           world: int) -> ManyProcesses:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
-    start = max(limit, timedelta(minutes=2))  # some may still be importing torch when others are done
+    place = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        if file:
-            store = dist.FileStore(str(file), world)
-            store.set_timeout(start)
-        else:
-            store, _, _ = next(rendezvous("env://", rank(), world, timeout=start))
-        # A group that is started again meets at the same store, where it must not find the dead group's addresses.
-        store = dist.PrefixStore(f"restart {_restarts()}", store)
-        chosen = pick_backend(backend, device, store, world)
+        store, gpus = _meet(file, place, _gpu(device), homes(num_agents, world), max(limit.total_seconds(), STARTING))
+        chosen = pick_backend(backend, gpus)
         dist.init_process_group(chosen, store=store, rank=rank(), world_size=world, timeout=limit)
         network = ManyProcesses(num_agents, device, limit)
         if chosen == "nccl":
             dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
         dist.barrier(group=network.control)
     except RuntimeError as error:  # torch's own DistNetworkError and the like are RuntimeErrors
-        place = file or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(f"the {world} processes did not find each other at {place}: {_first_line(error)}") from None
+    if file and chosen == "gloo" and rank() == 0:
+        file.unlink(missing_ok=True)  # only nccl comes back to it
     return network
+
+
+def _meet(file: Path | None, place: Path | str, mine: str, home: Mapping[int, int],
+          patience: float) -> tuple[dist.Store, list[str]]:
+    """The store at `place`, once all processes are there, and what each of them has left, as this one does `mine`.
+
+    Says after a while who is missing; after `patience` seconds that is a ValueError.
+    """
+    began, silent, store, world = time.monotonic(), True, None, group_size()
+    missing, opening = list(range(world)), Future()
+
+    def open_it() -> None:
+        try:
+            opening.set_result(_open_store(file, world, patience))
+        except RuntimeError as error:
+            opening.set_exception(error)
+
+    # Beside this thread: where somebody listens but is mute, torch waits for longer than it is told.
+    threading.Thread(target=open_it, daemon=True).start()
+    while True:
+        if store is None and opening.done() and (store := opening.result()):
+            store.set(f"rank {rank()}", mine)
+        if store is not None:
+            missing = [r for r in missing if not store.check([f"rank {r}"])]
+        if not missing:
+            return store, [store.get(f"rank {r}").decode() for r in range(world)]
+        absent = [0] if store is None else missing  # without a store one knows of nobody, and rank 0 keeps it
+        who = ", ".join(_named(r, home) for r in absent[:3]) + ", ..." * (len(absent) > 3)
+        waited = time.monotonic() - began
+        if waited > patience:
+            raise ValueError(f"{who} did not come to {place} within {patience:g} s")
+        by_hand = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        if silent and waited > IN_SILENCE:
+            silent = False
+            if by_hand or rank() == min(set(range(world)) - set(missing), default=0):
+                print(f"note: RANK={rank()}, WORLD_SIZE={world}: waiting for {who} at {place}"
+                      + "; unset RANK and WORLD_SIZE to run as one process" * by_hand, file=sys.stderr, flush=True)
+        time.sleep(0.05)
+
+
+def _open_store(file: Path | None, world: int, patience: float) -> dist.Store | None:
+    """Where the processes meet, once whoever keeps it can be reached; None where that takes too long."""
+    if file:
+        store = dist.FileStore(str(file), world)
+    else:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        keeper = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        until = time.monotonic() + patience
+        while not keeper:
+            try:  # torch would print its stack while nobody listens
+                socket.create_connection((address, port), timeout=1).close()
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.05)
+        store = dist.TCPStore(address, port, is_master=keeper, wait_for_workers=False,
+                              timeout=timedelta(seconds=patience))
+    # A group that is started again meets at the same store, where it must not find the dead group's addresses.
+    return dist.PrefixStore(f"restart {_restarts()}", store)
 
 
 def _first_line(error: Exception) -> str:
@@ -425,8 +528,6 @@ def _meeting_file() -> Path | None:
     `torch.distributed.launch --master_port 0` tells its workers port 0, on which nobody can meet. They are children of
     one launcher then: a file that is named after it serves, as no other group of workers has the same.
     """
-    if meeting := os.environ.get("DIMAT_MEETING"):  # of our own workers
-        return Path(meeting)
     if os.environ.get("MASTER_PORT") != "0":
         return None
     if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:

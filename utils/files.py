@@ -171,12 +171,12 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is larger than {MOST_TEXT >> 20} MiB: it is no text file of this program")
     try:
         return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} can't be read: it is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} can't be read: it is not UTF-8 text ({error})") from None
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file, which must have these columns; none when there is no such file.
+    """The rows of a CSV file, with these columns at least; none when there is no such file.
 
     A row that was cut short, or is too long, is left out.
     """
@@ -187,7 +187,7 @@ def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]
         rows = [row for row in reader if None not in row and None not in row.values()]
     except csv.Error as error:
         raise ValueError(f"{path} can't be read: {error}") from None
-    if missing := set(columns) - set(reader.fieldnames or columns):
+    if rows and (missing := set(columns) - set(reader.fieldnames)):
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
     return rows
 

@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from utils.distributed import STARTING, check_launcher, rank
 from utils.files import load_yaml
-from utils.progress import one_line
+from utils.progress import one_line, print_anywhere
+from utils.siblings import launched_agents
 
 MOST_AGENTS = 20_000  # a mixing matrix of them takes 3.2 GB
 TRUE, FALSE = {"true", "1", "yes", "t", "y", "on"}, {"false", "0", "no", "f", "n", "off"}
@@ -71,7 +73,8 @@ def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
                         "--only opt=DIMAT,WA seed=0")
 
 
-NUMBERS = {int: r"[+-]?\d{1,19}", float: r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"}  # Python itself also takes 1_0 and ١
+# Python itself also takes 1_0, blanks and the digits of all scripts.
+NUMBERS = {int: r"[+-]?\d{1,19}", float: r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)"}
 
 
 def number(kind: type, low: float, high: float = float("inf"), strict: bool = False):
@@ -102,6 +105,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 class Parser(argparse.ArgumentParser):
     """Says in a line what is wrong, with the option that may have been meant, not below a screen of usage."""
+
+    def parse_known_args(self, *arguments, **how):
+        print_anywhere()  # every script comes by here before it prints
+        return super().parse_known_args(*arguments, **how)
 
     def error(self, message: str) -> NoReturn:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -134,7 +141,9 @@ def data_options(p: argparse.ArgumentParser, datasets: Iterable[str], partitions
     said = " (default: what the checkpoint was made with, else %s)" if inherit else " (default: %s)"
     g = p.add_argument_group("data")
     g.add_argument("--dataset", "--data", choices=sorted(datasets), default="digits", help="data set")
-    g.add_argument("--num_models", type=number(int, 1, MOST_AGENTS), default=5, metavar="N", help="number of agents")
+    g.add_argument("--num_models", type=number(int, 1, MOST_AGENTS), metavar="N",
+                   default=(inherit and launched_agents()) or 5,
+                   help="number of agents" + "; in a group that torchrun launches, as many as processes" * inherit)
     g.add_argument("--data_dist", choices=list(partitions), default=None,
                    help="how the data is dealt to the agents" + said % "iid")
     g.add_argument("--alpha", type=number(float, 0, strict=True), default=None,
@@ -220,7 +229,8 @@ def group_options(g, backends: Sequence[str], timeout: float, waits: str, strict
     """How launched processes reach each other; `strict`: they have to wait at all."""
     g.add_argument("--backend", choices=backends, default="auto",
                    help="what carries the messages: nccl where every process has a GPU of its own, else gloo")
-    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS", help=waits)
+    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS",
+                   help=f"{waits} (at the start of a group at least {STARTING:g} s)")
     g.add_argument("--local-rank", "--local_rank", type=number(int, 0), default=None, help=argparse.SUPPRESS)
 
 
@@ -360,7 +370,7 @@ def base_lines_parser(datasets: Iterable[str], models: Iterable[str], partitions
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags over the options of --config, which are checked as if they were typed."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre = Parser(prog=p.prog, add_help=False, allow_abbrev=False)
     pre.add_argument("--config", type=path)
     config = pre.parse_known_args(argv)[0].config
     return p.parse_args(_config_arguments(p, config, argv) + argv if config else argv)
@@ -368,7 +378,11 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argp
 
 def parse_once(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """`parse`, but under a launcher only the first process says what is wrong with the command line."""
-    if os.environ.get("RANK", "0") == "0":
+    try:
+        check_launcher()
+    except ValueError as error:
+        p.exit(2, f"error: {error}\n")
+    if rank() == 0:
         return parse(p, argv)
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

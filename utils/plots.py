@@ -243,13 +243,20 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """Complete or not at all; the suffix of `path` (.png, .pdf, .svg) says how."""
+    """Complete or not at all; the suffix of `path` (.png, .pdf, .svg) says how.
+
+    All text is drawn as it stands: a dollar sign in somebody's name for a graph begins no formula.
+    """
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     path = Path(path)
     kind = path.suffix[1:] or "png"
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)  # the same run, the same file
-    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dimat"}):  # many venues refuse PDFs with Type 3 fonts
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    # Text of ticks that are made when they are drawn; and many venues refuse PDFs with Type 3 fonts.
+    with rc_context({"text.parse_math": False, "pdf.fonttype": 42, "svg.hashsalt": "dimat"}):
         write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=130, metadata=undated))
 
 

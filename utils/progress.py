@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
+
+PLAIN = {"\N{PLUS-MINUS SIGN}": b"+-", "\N{EN DASH}": b"-"}
+
+
+def print_anywhere() -> None:
+    """Characters that stdout's encoding lacks are printed in others (\\xe9), or a name would end a program in ASCII."""
+    codecs.register_error("plain", _plain)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeEncodeError) -> tuple[bytes, int]:
+    def one(c: str) -> bytes:
+        if "\udc80" <= c <= "\udcff":  # a byte of a file's name that is no text goes out as it came
+            return c.encode("ascii", "surrogateescape")
+        return PLAIN.get(c) or c.encode("ascii", "backslashreplace")
+
+    return b"".join(map(one, error.object[error.start : error.end])), error.end
 
 
 def say(text: str) -> None:

@@ -40,8 +40,6 @@ def value(run: Run, column: str, at: int | str, phase: str | None) -> float:
     finished = max((int(row["iteration"]) for row in rows if row["phase"] == point), default=0)
     if isinstance(at, str) and finished < run.config["merg_itr"]:
         raise ValueError(f"unfinished: {finished} of {run.config['merg_itr']} iterations are done")
-    if rows and column not in rows[0]:
-        raise ValueError(f"no column {column}")
     curve = accuracy_curve(rows, column, ("initial" if at == 0 else phase or point,))
     if at == "best":
         return float(curve.mean.max() if "accuracy" in column else curve.mean.min())

@@ -8,7 +8,6 @@ functions above it.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.files import read_rows
 from utils.options import Formatter, Parser, number, only_option
 from utils.plots import (
     Line,
@@ -148,7 +148,7 @@ def bytes_so_far(run: Run) -> Curve:
     sent = np.zeros(run.agents)
     points: dict[int, np.ndarray] = {}
     for row in sorted(run.rows, key=lambda row: (int(row["iteration"]), PHASES.index(row["phase"]))):
-        sent[int(row["agent"])] += float(row["bytes_sent"])
+        sent[int(row["agent"])] += float(row["bytes_sent"] or 0)
         if row["phase"] in run.phases:
             points[int(row["iteration"])] = sent.copy()
     values = np.array(list(points.values()))
@@ -234,7 +234,7 @@ def log_axis(axis, values: np.ndarray, say: Callable[[float], str]) -> None:
     """A logarithmic axis whose ticks can be read: at 1, 2, 5, 10, ... where the values span little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.axes.set_xscale("log")
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1.0,) if spans_decades(values, 1.5) else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: say(value)))
     axis.set_minor_formatter(NullFormatter())
@@ -262,7 +262,8 @@ def curves_figure(drawn: dict[Line, Drawn], looks: dict[str, dict[str, str]], xl
                 band = 0 if line.method == ALONE else 0.2 if len(members) <= 4 else 0.1
                 handles[names[line]], = curves_panel(axes, {names[line]: curve}, {names[line]: line_style}, band)
         axes.set_title(textwrap.fill(unbroken(title_of(panel, panels)), 50), fontsize=10)
-        axes.set_yscale("log" if log_y else "linear")
+        if log_y:
+            log_axis(axes.yaxis, np.concatenate([one.curve.mean for one in drawn.values()]), "{:g}".format)
         if log_x:
             log_axis(axes.xaxis, np.concatenate([one.x for one in drawn.values() if one.x is not None]), "{:g}".format)
         else:
@@ -415,7 +416,7 @@ def accuracy_matrices(run: Run) -> dict[int, np.ndarray]:
             matrix = np.loadtxt(files[iteration], delimiter=",", skiprows=1, ndmin=2)[:, 1:-1]
         except ValueError:
             matrix = np.empty(0)
-        if matrix.shape != (run.agents, run.agents):
+        if matrix.shape != (run.agents, run.agents) or np.isinf(matrix).any() or np.isnan(matrix).all():
             raise ValueError(f"{files[iteration]} is not an accuracy matrix of {run.agents} agents")
         matrices[iteration] = matrix
     return matrices
@@ -428,7 +429,7 @@ def of_runs(lines: Sequence[Line], prepare: Callable[[Run], Any], note: Note) ->
         try:
             if (content := prepare(line.runs[0])) is not None:
                 made.append((line, content))
-        except (ValueError, OSError, csv.Error) as error:
+        except (ValueError, OSError) as error:
             note(str(error))
     return made
 
@@ -448,7 +449,7 @@ def accuracy_matrix(lines: Sequence[Line], note: Note) -> list[Page]:
 def matrices_figure(made: Sequence[tuple[Line, dict[int, np.ndarray]]], lines: Sequence[Line]):
     """Rows of heatmaps on one colour scale."""
     columns = max(3, *(len(matrices) for _, matrices in made))  # narrower, there is no room for the headings
-    low, high = limits(np.concatenate([m.ravel() for _, matrices in made for m in matrices.values()]))
+    low, high = limits(np.concatenate([m[~np.isnan(m)] for _, matrices in made for m in matrices.values()]))
     caption = (f"{setting(lines)}Accuracy of agent i (row) on the test images that go with agent j's data (column); "
                f"{points_of([line for line, _ in made]).lower()}")
     headings = [heading(line, lines, 30 * columns) for line, _ in made]
@@ -487,7 +488,12 @@ def topology_of(run: Run) -> Topology:
     """The graph that a run's agents merge over. Raises ValueError or FileNotFoundError where it can't be told."""
     config = run.config
     if config.get("pi") is not None:  # the file may have changed since, or be gone
-        several = np.asarray(config["pi"], dtype=float)
+        try:
+            several = np.asarray(config["pi"], dtype=float)
+            if several.shape[-2:] != (run.agents, run.agents) or several.ndim > 3 or not (several >= 0).all():
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(f"{run.path}: pi in config.yaml holds no weights of {run.agents} agents") from None
         schedule = tuple(several) if several.ndim == 3 else ()  # one of a folder's matrices after the other
         pi = np.mean(schedule, axis=0) if schedule else several
         connectivity = (pi > 0) & ~np.eye(len(pi), dtype=bool)
@@ -578,8 +584,7 @@ def merge_stats_of(run: Run) -> MergeStats | None:
     path = run.path / "merge_stats.csv"
     if not path.is_file():
         return None
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     values: dict[tuple[int, str, str], list[float]] = {}
     try:
         groups = list(dict.fromkeys(row["group"] for row in rows))  # first appearance: in order of execution
@@ -588,6 +593,8 @@ def merge_stats_of(run: Run) -> MergeStats | None:
             for column in ("correlation", "moved"):
                 if row[column] != "":
                     values.setdefault((int(row["iteration"]), row["group"], column), []).append(float(row[column]))
+        if not np.isfinite([one for some in values.values() for one in some]).all():
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is not a table of merge statistics") from None
     ends = list(dict.fromkeys(spread(merges, 2)))

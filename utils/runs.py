@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import math
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoint import INHERITED
-from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml
+from utils.files import BASELINE_REFERENCE, REFERENCE, SHORT, load_yaml, read_rows
 from utils.results import FREE, PHASES, is_part
 from utils.topology import short_name
 
@@ -31,6 +30,8 @@ ALIGNING = ("align", "align_every", "root")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*?num_epochs_(\d+)/(?:([^/]*=[^/]*)/)?random_seed_(\d+)/*$")
 REQUIRED = {"opt": str, "topology": str, "num_models": int, "seed": int, "merg_itr": int, "dataset": str, "model": str,
             "data_dist": str}
+OPTIONAL = {"epochs": (int,), "num_epochs": (int,), "alpha": (int, float)}  # or null
+MOST = {"num_models": 10_000}  # of other whole numbers 2^63 - 1
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,16 @@ class Curve:
     high: np.ndarray
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a run's `metrics.csv`; `path` is that file or the run's folder.
+def read_metrics(path: str | os.PathLike, columns: Collection[str] = ()) -> list[dict[str, str]]:
+    """The whole rows of a run's `metrics.csv`, which must have these columns; `path` is that file or the run's folder.
 
-    Raises FileNotFoundError where there is none, ValueError where it has no rows.
+    Raises FileNotFoundError where there is none, ValueError where it has no rows or is no table.
     """
     path = Path(path)
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}: is this the folder of a run?")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path, columns)
     if not rows:
         raise ValueError(f"{path} has no rows yet: let the run finish an iteration first")
     return rows
@@ -67,9 +67,11 @@ def accuracy_curve(
     """Mean, lowest and highest `column` over the agents, for every iteration that has rows in one of `phases`.
 
     The default reads the agents as they came (iteration 0) and right after each merge, the point the paper plots.
-    Raises ValueError where no row fits.
+    Raises ValueError where no row fits, or a column is missing.
     """
     values: dict[int, list[float]] = {}
+    if rows and (missing := {"iteration", "phase", column} - rows[0].keys()):
+        raise ValueError(f"no column {min(missing)}")
     for row in rows:
         if row["phase"] in phases and row[column] != "":
             values.setdefault(int(row["iteration"]), []).append(float(row[column]))
@@ -138,8 +140,8 @@ class Run:
         phases: dict[tuple[str, str], list[dict[str, str]]] = {}
         for row in self.rows:
             phases.setdefault((row["iteration"], row["phase"]), []).append(row)
-        everyone = sorted(map(str, range(self.agents)))
-        return [row for rows in phases.values() if sorted(row["agent"] for row in rows) == everyone for row in rows]
+        return [row for rows in phases.values() if len(rows) == len({int(row["agent"]) for row in rows}) == self.agents
+                for row in rows]
 
     def curve(self, column: str) -> Curve:
         """`column` over the agents, at the points of this run's curves."""
@@ -209,19 +211,25 @@ def of_seed(value: Hashable, seed: int) -> str:
 
 def read_run(folder: Path) -> Run:
     """Raises OSError or ValueError, saying why, where `folder` holds no run. A line that was cut short is left out."""
-    config = load_yaml(folder / "config.yaml")
+    config = {key: _printable(value) if isinstance(value, str) else value
+              for key, value in load_yaml(folder / "config.yaml").items()}
     for key, kind in REQUIRED.items():
-        if type(config.get(key)) is not kind:
-            raise ValueError(f"config.yaml says {key}: {config[key]!r}" if key in config
-                             else f"config.yaml has no {key}")
-    rows = [row for row in read_metrics(folder) if None not in row.values()]
+        if key not in config:
+            raise ValueError(f"config.yaml has no {key}")
+        if type(config[key]) is not kind or (kind is int and not 0 <= config[key] <= MOST.get(key, 2**63 - 1)):
+            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
+    for key, kinds in OPTIONAL.items():
+        if config.get(key) is not None and type(config[key]) not in kinds:
+            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
+    rows = read_metrics(folder, ("iteration", "phase", "agent"))
     for row in rows:
         try:
+            # Agents on their own don't know how far apart they are, and in old files nobody what was sent.
             figures = [float(row[key]) for key in ("test_accuracy", "consensus_distance", "bytes_sent")
-                       if row.get(key, "") != ""]  # agents on their own don't know how far apart they are
-            sound = all(map(math.isfinite, figures)) and int(row["iteration"]) >= 0 and row["phase"] in PHASES
+                       if row.get(key, "") != "" or (key in row and key == "test_accuracy")]
+            sound = all(map(math.isfinite, figures)) and 0 <= int(row["iteration"]) < 10**9 and row["phase"] in PHASES
             sound = sound and 0 <= int(row["agent"]) < config["num_models"]
-        except (KeyError, ValueError):
+        except ValueError:
             sound = False
         if not sound:
             raise ValueError(f"metrics.csv has a line that is not of a run: {','.join(map(str, row.values()))[:80]}")
@@ -229,6 +237,11 @@ def read_run(folder: Path) -> Run:
     if not any(row["phase"] in run.phases for row in rows):
         raise ValueError(f"metrics.csv has no rows of the phases {' and '.join(run.phases)}")
     return run
+
+
+def _printable(text: str) -> str:
+    """Line breaks, escape codes and what no file can hold written out: names go into tables, pictures and terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def find_runs(paths: Iterable[str | os.PathLike],
@@ -259,7 +272,7 @@ def find_runs(paths: Iterable[str | os.PathLike],
             if not (folder / "config.yaml").is_file():
                 raise ValueError("there is a metrics.csv, but no config.yaml beside it")
             runs.append(read_run(folder))
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error).replace(f"{folder}{os.sep}", "")
             notes.append(f"skipped {folder}: {reason}")
     if not runs:
@@ -287,5 +300,5 @@ def _is(value: Hashable, text: str) -> bool:
     """Whether an option's value is what somebody wrote."""
     try:
         return float(text) == float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(value).lower() == text.lower()

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.distributed import NeighbourLost, Refused
 from utils.progress import fall_silent, mendable
 from utils.training import Diverged
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Warnings look like errors; of several launched processes only the first one gives them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            warnings.simplefilter("ignore")
+        yield
 
 
 def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str, rank: int = 0) -> int:
@@ -22,7 +34,8 @@ def run_script(work: Callable[[], Path], outcome: str, how_to_continue: str, ran
     others wait for it to have spoken: their launcher ends all of them when it sees one end.
     """
     try:
-        folder = work()
+        with _warnings_as_lines():
+            folder = work()
         if rank == 0:
             print(f"{outcome}: {folder}", flush=True)
         return 0

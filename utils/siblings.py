@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
+import socket
+import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from utils.distributed import leave
+from utils.distributed import check_launcher, group_size, leave
 
 PARENT = "DIMAT_PARENT"  # in a sibling's environment: the number of the process that started it
+FOLLOWS = {"DIMAT_FOLLOWS": "stdin"}  # in the environment of those who end with the pipe on their standard input
 
 
 def start(script: Path, argv: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
     """`python script argv` with these variables besides ours; it ends when this process does."""
     return subprocess.Popen([sys.executable, str(script), *argv], stdin=subprocess.PIPE,
-                            env=os.environ | environment | {PARENT: str(os.getpid())})
+                            env=os.environ | environment | FOLLOWS | {PARENT: str(os.getpid())})
 
 
 def is_sibling() -> bool:
@@ -30,9 +32,21 @@ def is_sibling() -> bool:
     return PARENT in os.environ
 
 
+def launched_agents() -> int:
+    """How many agents a launched group has of which nobody says it: one for each process. 0 where none is launched."""
+    try:
+        check_launcher()
+        return 0 if is_sibling() else group_size()
+    except ValueError:  # which is said elsewhere
+        return 0
+
+
 def follow_parent() -> None:
-    """From now on, end this process when the one that started it as a sibling is gone, however that ended."""
-    if is_sibling():
+    """From now on, end this process when the one that started it to be followed is gone, however that ended.
+
+    A launcher's workers share its standard input, so that they follow whoever has started the launcher.
+    """
+    if FOLLOWS.items() <= os.environ.items() and stat.S_ISFIFO(os.fstat(0).st_mode):
         def watch() -> None:
             os.read(0, 1)  # nothing ever comes but the end of the pipe, when nobody holds its other end any more
             os._exit(1)
@@ -82,8 +96,13 @@ def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[
 
     When it fails, or another process does and `work` can't notice, all of them end.
     """
-    before, threads, home = dict(os.environ), torch.get_num_threads(), tempfile.mkdtemp(prefix="dimat-")
-    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "DIMAT_MEETING": f"{home}/meeting",
+    before, threads = dict(os.environ), torch.get_num_threads()
+    # They meet at a store of this process, as at a launcher's: it leaves nothing behind, and only this machine sees it.
+    listening = socket.create_server(("127.0.0.1", 0))
+    address, port = listening.getsockname()
+    store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": address,
+             "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
              "OMP_NUM_THREADS": str(threads_each(count))}
     others: list[subprocess.Popen] = []
     done, patience = threading.Event(), 0.0
@@ -96,7 +115,6 @@ def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[
                 rank, code = next((r, code) for r, code in enumerate(codes, start=1) if code)
                 print(f"error: worker {rank} of {count} ended with status {code}", file=sys.stderr, flush=True)
                 end(others, 0)
-                shutil.rmtree(home, ignore_errors=True)
                 leave(2, at_once=True)
 
     try:
@@ -109,7 +127,7 @@ def with_workers(count: int, script: Path, argv: Sequence[str], work: Callable[[
     finally:
         done.set()
         end(others, patience)
-        shutil.rmtree(home, ignore_errors=True)
+        del store
         torch.set_num_threads(threads)
         for key in os.environ.keys() - before.keys():
             del os.environ[key]

@@ -18,8 +18,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -28,9 +29,9 @@ from typing import Any
 
 from utils.checkpoint import INHERITED, checkpoint_folder
 from utils.files import load_yaml
-from utils.options import Formatter, Parser, boolean, number, only_option, parse
+from utils.options import Formatter, Parser, boolean, number, only_option, parse, path
 from utils.progress import command, say
-from utils.siblings import end_by
+from utils.siblings import FOLLOWS, end_by
 
 SCRIPTS = ("train", "main", "base_lines")
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +165,14 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
+def read_plan(file: Path, planner: Planner) -> list[Job]:
+    """The jobs of a sweep's YAML file. Raises ValueError that names the file and the part that is wrong."""
+    try:
+        return plan_file(load_yaml(file), planner)
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(file) in str(error) else f"{file}: {error}") from None
+
+
 def varying(options: Sequence[Mapping[str, Any]]) -> list[str]:
     """The options that differ within a grid, or that always tell what a run is."""
     keys = dict.fromkeys(key for one in options for key in one)
@@ -178,25 +187,27 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     agents are the ones they name. Without `train`, and with `randominit`, they stand alone.
     `launch: false` in a grid of base_lines keeps all agents in one process.
     """
-    if odd := sorted(content.keys() - {"all", *SCRIPTS}):
+    if odd := [part for part in content if part not in ("all", *SCRIPTS)]:
         raise ValueError(f"unknown part {odd[0]!r}: a sweep has the parts all, {', '.join(SCRIPTS)}")
-    common = content.get("all") or {}
-    common = {key.replace("random_seed", "seed"): value for key, value in common.items()}
+    parts = {part: _grids(part, content[part]) for part in content}
+    everywhere, *more = parts.get("all") or [{}]
+    if more:
+        raise ValueError("all: there are several grids, but one is for all scripts: give the others to each script")
+    common = {key.replace("random_seed", "seed"): value for key, value in everywhere.items()}
     starts: list[tuple[dict, Job | None, dict | None]] = []  # options, pre-training, all of its options
-    if "train" in content:
-        trainings = [options for one in _grids(content["train"]) for options in grid(common | one)]
+    if "train" in parts:
+        trainings = [options for one in parts["train"] for options in grid(common | one)]
         for options in trainings:
             title = ",".join(f"{k}={options[k]}" for k in varying(trainings) if k in options) or "training"
             starts.append((options, *planner.train(_for("train", options, planner), title)))
     else:
         starts = [(options, None, None) for options in grid(common)]
     for script in ("main", "base_lines"):
-        for one in _grids(content[script]) if content.get(script) else ():
-            one = dict(one)
-            launched = script == "base_lines" and one.pop("launch", True)
+        for one in parts.get(script, ()):
+            launched = script == "base_lines" and _is_true("launch", one.pop("launch", True))
             own = []
             for options in grid(one):
-                named = _data_and_model(options, planner) if "train" in content else {}
+                named = _data_and_model(options, planner) if "train" in parts else {}
                 fitting = [(base | options, job, trained) for base, job, trained in starts
                            if all(trained[key] == value for key, value in named.items())]
                 fitting = fitting or [(base | options, None, None) for base in grid(common) if _random(base | options)]
@@ -230,15 +241,35 @@ def _data_and_model(options: Mapping[str, Any], planner: Planner) -> dict[str, A
 def _random(options: Mapping[str, Any]) -> bool:
     """Whether a run starts from random models, and so needs no pre-training."""
     given = options.get("randominit")
-    return given is not None and boolean(str(given))
+    return given is not None and _is_true("randominit", given)
 
 
-def _grids(part: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """A part's grids, of which one needs no list."""
-    grids = [part or {}] if isinstance(part or {}, Mapping) else part
-    if not isinstance(grids, list) or not all(isinstance(one, Mapping) for one in grids):
-        raise ValueError(f"{part!r} is no grid (option: value or list of values), nor a list of grids")
+def _is_true(key: str, value: Any) -> bool:
+    try:
+        return boolean(str(value))
+    except ArgumentTypeError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _grids(part: str, content: Any) -> list[dict[str, Any]]:
+    """A part's grids, of which one needs no list. Raises ValueError for what a command line can't say."""
+    grids = content if isinstance(content, list) else [{} if content is None else content]
+    for one in grids:
+        if not isinstance(one, Mapping):
+            raise ValueError(f"{part}: {_short(one)} is no grid (option: value or list of values)")
+        for key, value in one.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{part}: {_short(key)} is no option's name")
+            if value == []:
+                raise ValueError(f"{part}: {key} is an empty list, which leaves nothing to run")
+            for single in value if isinstance(value, list) else [value]:
+                if single is not None and not isinstance(single, str | int | float):
+                    raise ValueError(f"{part}: {key}: {_short(single)} is neither text nor a number nor True or False")
     return [dict(one) for one in grids]
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60, placeholder=" ...")
 
 
 def _for(script: str, options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
@@ -276,20 +307,20 @@ def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Plan
 
 def plan_flags(script: str, o: Namespace, planner: Planner) -> list[Job]:
     """The jobs of train.sh, main.sh and base_lines.sh: as the paper's scripts, every combination of the lists."""
-    axes = {"dataset": [item.split(",")[0] for item in o.datasets_nums_classes.split()], "model": o.models.split(),
-            "num_models": o.nums_models.split(), "data_dist": o.data_dists.split(), "seed": o.random_seeds.split()}
+    axes = {"dataset": [item.split(",")[0] for item in o.datasets_nums_classes], "model": o.models,
+            "num_models": o.nums_models, "data_dist": o.data_dists, "seed": o.random_seeds}
     if script == "train":
-        runs = list(grid(axes | {"epochs": o.epochs.split()}))
+        runs = list(grid(axes | {"epochs": o.epochs}))
         for options in runs:
             planner.train(options, ",".join(f"{k}={v}" for k, v in options.items()))
         return list(planner.jobs.values())
-    axes |= {"exp": o.exps.split(), "opt": o.opts.split(), "randominit": o.randominits.split(),
-             "diffinit": o.diffinits.split()}
+    axes |= {"exp": o.exps, "opt": o.opts, "randominit": o.randominits,
+             "diffinit": o.diffinits}
     if script == "main":
-        axes |= {"epochs": o.epochs.split(), "merg_itr": o.merg_itrs.split(), "merg_itr_init": o.merg_itr_inits.split(),
+        axes |= {"epochs": o.epochs, "merg_itr": o.merg_itrs, "merg_itr_init": o.merg_itr_inits,
                  "training": [True]}
     else:
-        axes |= {"epochs": o.epoch.split(), "num_epochs": o.nums_epochs.split()}
+        axes |= {"epochs": o.epoch, "num_epochs": o.nums_epochs}
     for options in grid(axes):
         title = ",".join(f"{k}={v}" for k, v in options.items() if k not in ("training", "merg_itr_init"))
         if not _random(options):
@@ -342,6 +373,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, gpus: Sequence[str], folder: Pa
             for job, (process, started, _) in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
+                    process.stdin.close()  # a launcher that was killed may have left workers
                     job.state, job.seconds = "failed" if process.returncode else "done", time.monotonic() - started
                     _report(job, jobs, f"failed (exit {process.returncode}), see {folder / job.log}"
                             if process.returncode else f"done in {job.seconds:.0f} s")
@@ -362,9 +394,9 @@ def _start(job: Job, folder: Path, env: dict[str, str]) -> subprocess.Popen:
     with open(folder / job.log, "a") as log:
         log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(job.command)}\n")
         log.flush()
-        # A session of its own: Ctrl-C is ours to pass on.
-        return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                                start_new_session=True)
+        # A session of its own: Ctrl-C is ours to pass on. A pipe that ends with this process, as the job then does.
+        return subprocess.Popen(job.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                                env=env | FOLLOWS, start_new_session=True)
 
 
 def _signal(number: int, process: subprocess.Popen) -> None:
@@ -373,9 +405,12 @@ def _signal(number: int, process: subprocess.Popen) -> None:
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask, then insist: a launcher that is killed at once would leave its workers behind."""
-    insisting = ((signal.SIGINT, PATIENCE), (signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0))
-    end_by(processes, [(partial(_signal, number), patience) for number, patience in insisting])
+    """Ask, then insist, at once with a second Ctrl-C: a launcher that is killed can't end its workers itself."""
+    kill = (partial(_signal, signal.SIGKILL), 5.0)
+    try:
+        end_by(processes, [(partial(_signal, number), PATIENCE) for number in (signal.SIGINT, signal.SIGTERM)])
+    finally:
+        end_by(processes, [kill])
 
 
 def _counts(jobs: Sequence[Job]) -> str:
@@ -450,7 +485,7 @@ def scripts_parsers() -> dict[str, ArgumentParser]:
 def _options(p: ArgumentParser, runs: bool) -> None:
     p.add_argument("--num_parallel", type=number(int, 1), default=1, metavar="N", help="jobs at a time")
     p.add_argument("--gpus", default=None, metavar="0,1", help="deal the jobs out to these GPUs")
-    p.add_argument("--log_dir", default="runs", metavar="DIR", help="where the logs go, one for each job")
+    p.add_argument("--log_dir", type=path, default="runs", metavar="DIR", help="where the logs go, one for each job")
     if runs:
         p.add_argument("--dry_run", action="store_true",
                        help="print the commands and how many there are, and run none")
@@ -465,10 +500,17 @@ def file_parser() -> ArgumentParser:
         description="Run every experiment of a sweep file, pre-training first. Finished runs are skipped, interrupted "
                     "ones resume.\n\nexample:\n  python -m utils.sweep configs/digits.yaml --num_parallel 2",
         epilog="train.sh, main.sh and base_lines.sh are this command with the script's name for the file.")
-    p.add_argument("file", metavar="FILE.yaml", help="a grid over the scripts' options")
+    p.add_argument("file", type=path, metavar="FILE.yaml", help="a grid over the scripts' options")
     only_option(p, "run only jobs", ", and the pre-trainings that they need")
     _options(p, runs=True)
     return p
+
+
+def words(text: str) -> list[str]:
+    """An argparse type: what is separated by blanks."""
+    if not text.split():
+        raise ArgumentTypeError("an empty list leaves nothing to run")
+    return text.split()
 
 
 def flags_parser(script: str) -> ArgumentParser:
@@ -491,7 +533,7 @@ def flags_parser(script: str) -> ArgumentParser:
     if script == "base_lines":
         lists |= {"epoch": ("200", "epochs in all"), "nums_epochs": ("2", "epochs between two evaluations")}
     for name, (default, text) in lists.items():
-        p.add_argument(f"--{name}", default=default, metavar="LIST", help=text)
+        p.add_argument(f"--{name}", type=words, default=default, metavar="LIST", help=text)
     if script != "train":
         p.add_argument("--pretrain_epochs", type=number(int, 0), default=100, help="of the checkpoints to start from")
         p.add_argument("--checkpoint_seed", type=number(int, 0), default=None, metavar="SEED",
@@ -516,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not Path(o.file).is_file():
             raise ValueError(f"{o.file} does not exist: give a sweep's YAML file")
         planner = Planner(scripts_parsers())
-        jobs = only(plan_file(load_yaml(Path(o.file)), planner), o.only or {}, planner)
+        jobs = only(read_plan(Path(o.file), planner), o.only or {}, planner)
     if not jobs:
         raise ValueError("nothing to run: " + ("no job has all that --only asks for" if vars(o).get("only")
                                                else "the grid is empty"))

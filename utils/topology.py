@@ -32,7 +32,7 @@ class Topology:
     Of a graph that changes from step to step, `connectivity` is the union and `pi` the mean of all steps, and one of
     schedule: (N, N) matrices that take turns, and
     draw: step -> (N, N), the same matrix whenever it is asked for that step,
-    gives those of the steps.
+    gives those of the steps. groups: every one drawn is of groups that average exactly, so that it is its own square.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Topology:
     directed: bool = False
     schedule: tuple[np.ndarray, ...] = ()
     draw: Callable[[int], np.ndarray] | None = None
+    groups: bool = False
 
     @property
     def num_agents(self) -> int:
@@ -67,8 +68,11 @@ class Topology:
         """By which factor a step of averaging brings the agents closer together: 0 at once, 1 never; of one agent 0.
 
         The second-largest absolute eigenvalue of pi; where matrices take turns that of a round's product, as the mean
-        of a step; where they are drawn the root mean square of a step, from 200 of them.
+        of a step; where they are drawn the root of that of the mean of pi'pi (Boyd et al. 2006): for `groups` that mean
+        is pi itself, for others it is estimated from 200 steps.
         """
+        if self.groups:
+            return _second(self.pi) ** 0.5
         if self.draw is not None:
             drawn = [self.draw(step) for step in range(200)]
             return _second(np.mean([pi.T @ pi for pi in drawn], axis=0)) ** 0.5
@@ -123,18 +127,20 @@ TOPOLOGIES: dict[str, Callable[[int, int], Topology]] = {}
 
 
 def register_topology(
-    name: str, weights: Callable[[np.ndarray], np.ndarray] = metropolis_hastings, draw: Draw | None = None
+    name: str, weights: Callable[[np.ndarray], np.ndarray] = metropolis_hastings, draw: Draw | None = None,
+    groups: bool = False,
 ) -> Callable[[Graph], Graph]:
     """Decorator that makes a graph available as `name`, mixed with `weights(connectivity)`.
 
-    With `draw`, by what it gives for each step; the graph is the union then and the weights are the mean.
+    With `draw`, by what it gives for each step; the graph is the union then and the weights are the mean. `groups`: see
+    Topology.
     """
 
     def register(graph: Graph) -> Graph:
         def make(num_agents: int, seed: int) -> Topology:
             connectivity = graph(num_agents, seed)
             draws = functools.partial(draw, num_agents, seed) if draw else None
-            return Topology(name, connectivity, weights(connectivity), draw=draws)
+            return Topology(name, connectivity, weights(connectivity), draw=draws, groups=groups)
 
         TOPOLOGIES[name] = make
         return graph
@@ -163,7 +169,11 @@ def ring(num_agents: int, seed: int) -> np.ndarray:
 
 
 def _bipartite_weights(connectivity: np.ndarray) -> np.ndarray:
-    """The paper's: floor(100 / (N - 1)) / 100 on every edge, rounded so while that is positive (N <= 101)."""
+    """floor(100 / (N - 1)) / 100 on every edge, as in the paper's files; above 101 agents 1 / (N - 1), unrounded.
+
+    There the paper's rule gives 0: its graph has edges over which nothing flows, and every agent is alone. A file with
+    such weights is refused.
+    """
     n = len(connectivity)
     edge_weight = (100 // (n - 1) / 100 if n <= 101 else 1 / (n - 1)) if n > 1 else 0.0
     return np.where(connectivity, edge_weight, 0.0) + np.diag(1.0 - connectivity.sum(axis=1) * edge_weight)
@@ -237,7 +247,7 @@ def _mean_matching(connectivity: np.ndarray) -> np.ndarray:
     return pi + np.diag(1.0 - pi.sum(axis=1))
 
 
-@register_topology("random_matching", weights=_mean_matching, draw=_draw_matching)
+@register_topology("random_matching", weights=_mean_matching, draw=_draw_matching, groups=True)
 def random_matching(num_agents: int, seed: int) -> np.ndarray:
     """In every step all agents in pairs drawn anew, each averaging with its partner (an odd one sits out).
 

@@ -5,21 +5,28 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 from data import datasets
 from data.datasets import DATASETS, ImageSet, cached, class_balanced, load_dataset, rank_in_class, some_images
+from tests.helpers import script
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,6 +220,84 @@ def test_a_damaged_archive_is_refused(monkeypatch, tmp_path, offline):
         load_dataset("cifar100", tmp_path)
 
 
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("file", ["data_batch_1", "test_batch", "batches.meta"])
+def test_nothing_is_unpickled_whose_checksum_is_wrong(monkeypatch, tmp_path, offline, file):
+    write_cifar(monkeypatch, tmp_path, tv.CIFAR10)
+    harm, archive = tmp_path / "harm", tmp_path / tv.CIFAR10.base_folder
+    (archive / file).write_bytes(pickle.dumps(Trap(harm)))
+    for download in (False, True):
+        with pytest.raises(FileNotFoundError, match="not found or damaged"):
+            load_dataset("cifar10", tmp_path, download=download)
+    assert not harm.exists()
+    pickle.loads((archive / file).read_bytes())
+    assert harm.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"labels": [0] * 20}, "data"),
+        ({"data": np.zeros((20, 3072), np.uint8)}, "fine_labels"),
+        ({"data": np.zeros((20, 3072), np.uint8), "labels": [0] * 19}, "train: 100 images, but 99 labels"),
+        ({"data": np.zeros((20, 3072), np.uint8), "labels": [-1] * 20}, "train: labels go from -1 to 19"),
+        ({"data": np.zeros((20, 3072)), "labels": [0] * 20}, "float64"),
+        ({"data": np.zeros((20, 3071), np.uint8), "labels": [0] * 20}, "dimension"),
+        ({"data": np.zeros((20, 3072), np.uint8), "labels": ["cat"] * 20}, "cat"),
+        (5, "int"),
+        (None, "invalid load key"),
+    ],
+)
+def test_batches_of_another_kind_are_named(monkeypatch, tmp_path, offline, content, message):
+    write_cifar(monkeypatch, tmp_path, tv.CIFAR10)
+    data = b"no pickle" if content is None else pickle.dumps(content)
+    (tmp_path / tv.CIFAR10.base_folder / "data_batch_1").write_bytes(data)
+    checksums = [["data_batch_1", hashlib.md5(data).hexdigest()], *tv.CIFAR10.train_list[1:]]
+    monkeypatch.setattr(tv.CIFAR10, "train_list", checksums)
+    with pytest.raises(FileNotFoundError, match=f"cifar10: not found or damaged in .*{message}"):
+        load_dataset("cifar10", tmp_path)
+
+
+def idx(array, kind=8):
+    """An array in MNIST's format."""
+    return np.array([256 * kind + array.ndim, *array.shape], ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+MNIST_DAMAGES = {
+    "an image too few": ("images-idx3", idx(np.zeros((29, 28, 28))), "train: 29 images, but 30 labels"),
+    "a label too many": ("labels-idx1", idx(np.zeros(31)), "train: 30 images, but 31 labels"),
+    "no label": ("labels-idx1", idx(np.zeros(0)), "buffer length"),
+    "a label out of range": ("labels-idx1", idx(np.full(30, 10)), "train: labels go from 10 to 10"),
+    "not square": ("images-idx3", idx(np.zeros((30, 28, 29))), r"train: .*\(1, 28, 29\)"),
+    "truncated": ("images-idx3", idx(np.zeros((30, 28, 28)))[:-1], "invalid for input of size"),
+    "empty": ("images-idx3", b"", "invalid literal"),
+    "of another type": ("images-idx3", idx(np.zeros((30, 28, 28)), kind=9), "int8"),
+    "of no type": ("images-idx3", idx(np.zeros((30, 28, 28)), kind=10), "10"),
+}
+
+
+@pytest.mark.parametrize("damage", MNIST_DAMAGES)
+@pytest.mark.parametrize("download", [True, False])
+def test_damaged_mnist_files_are_named(monkeypatch, tmp_path, offline, download, damage):
+    what, content, message = MNIST_DAMAGES[damage]
+    write_mnist(monkeypatch, tmp_path, tv.MNIST)
+    for packed in (tmp_path / "MNIST" / "raw").glob("*.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    (tmp_path / "MNIST" / "raw" / f"train-{what}-ubyte").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=f"mnist: not found or damaged in .*raw.*{message}") as error:
+        load_dataset("mnist", tmp_path, download=download)
+    assert "\n" not in str(error.value)
+
+
 def write_mnist(monkeypatch, data_dir, kind):
     """The four gzip files, as downloaded."""
     raw = data_dir / kind.__name__ / "raw"
@@ -269,7 +354,7 @@ COLOURS = {"n01": (250, 10, 10), "n02": (10, 250, 10), "n03": (10, 10, 250)}
 
 
 def write_tiny(root, wnids=True, size=16):
-    """Three classes with 3, 2 and 1 images, one of them grey, and a validation image of each and of a fourth class."""
+    """Three classes with 3, 2 and 1 images, one of them grey, and a validation image of each."""
     (root / "val" / "images").mkdir(parents=True)
     lines = []
     for i, name in enumerate(CLASSES):
@@ -282,7 +367,7 @@ def write_tiny(root, wnids=True, size=16):
         Image.new("RGB", (size, size), COLOURS[name]).save(root / "val" / "images" / f"val_{i}.JPEG", quality=95)
         lines.append(f"val_{i}.JPEG\t{name}\t0\t1\t2\t3\n")
     lines.reverse()
-    (root / "val" / "val_annotations.txt").write_text("".join(lines) + "val_9.JPEG\tn99\t0\t0\t1\t1\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
     if wnids:
         (root / "wnids.txt").write_text("\n".join(CLASSES))
     return root
@@ -338,7 +423,7 @@ def test_tiny_imagenet_errors_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"val_annotations.txt, line \d+: 'lonely.JPEG' has no class"):
         load_dataset("tinyimgnt", tmp_path, root)
     annotations.write_text(before)
-    (root / "wnids.txt").write_text("n03 n01 n02 n44")
+    (root / "wnids.txt").write_text("n03\nn01\nn02\nn44")
     with pytest.raises(FileNotFoundError, match="no images of class n44"):
         load_dataset("tinyimgnt", tmp_path, root)
     (root / "wnids.txt").unlink()
@@ -348,6 +433,257 @@ def test_tiny_imagenet_errors_name_the_file(tmp_path):
     (root / "val" / "val_annotations.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"val_annotations.txt is missing.*layout"):
         load_dataset("tinyimgnt", tmp_path, root)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny(tmp_path / "mine")
+
+
+def load_tiny(root):
+    """The data set and what was warned of while it was loaded."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        dataset = load_dataset("tinyimgnt", root.parent, root)
+    return dataset, [str(warning.message) for warning in caught]
+
+
+def image_file(root, name="n01", file="n01_0.JPEG"):
+    return root / "train" / name / "images" / file
+
+
+def annotate(root, *lines):
+    with open(root / "val" / "val_annotations.txt", "a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def test_names_of_classes_and_images_may_have_blanks(tmp_path):
+    root = tmp_path / "mine"
+    (root / "val" / "images").mkdir(parents=True)
+    for colour, name in ((9, "pear"), (200, "green apple")):
+        image_file(root, name).parent.mkdir(parents=True)
+        for file in (image_file(root, name, "an image.png"), root / "val" / "images" / f"a {name}.png"):
+            Image.new("RGB", (8, 8), (colour,) * 3).save(file)
+        annotate(root, f"a {name}.png\t{name}\t0\t0\t7\t7")
+    for wnids, labels in ((None, [1, 0]), ("pear\ngreen apple\n", [0, 1])):
+        if wnids:
+            (root / "wnids.txt").write_text(wnids)
+        dataset, said = load_tiny(root)
+        assert dataset.test.labels.tolist() == labels and dataset.num_classes == 2 and not said
+        assert dataset.test.images[:, 0, 0, 0].tolist() == [9, 200]
+        assert dataset.train.images[dataset.train.labels == labels[1], 0, 0, 0].tolist() == [200]
+
+
+@pytest.mark.parametrize("encoding, mark", [("utf-8", b""), ("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe"),
+                                            ("utf-16-be", b"\xfe\xff")])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_as_editors_of_all_systems_save_them(tiny, encoding, mark, end):
+    before = load_tiny(tiny)[0].test
+    image_file(tiny).parent.parent.rename(tiny / "train" / "né")
+    for file in (tiny / "wnids.txt", tiny / "val" / "val_annotations.txt"):
+        text = file.read_text().replace("n01", "né") + "\n"
+        file.write_bytes(mark + text.replace("\n", end).encode(encoding))
+    dataset, said = load_tiny(tiny)
+    assert torch.equal(dataset.test.images, before.images) and torch.equal(dataset.test.labels, before.labels)
+    assert len(dataset.train) == 6 and not said
+
+
+def test_annotations_without_tabs_are_split_at_blanks(tiny):
+    file = tiny / "val" / "val_annotations.txt"
+    file.write_text("\n" + file.read_text().replace("\t", "  "))
+    assert len(load_tiny(tiny)[0].test) == 3
+
+
+def test_whatever_is_left_out_is_counted_and_said_once(tiny):
+    annotate(tiny, "val_8.JPEG\tn98\t0\t0\t1\t1", "val_9.JPEG\tn99\t0\t0\t1\t1")
+    Image.new("RGB", (16, 16)).save(tiny / "val" / "images" / "forgotten.png")
+    Image.new("RGB", (16, 16)).save(image_file(tiny, file="other.bmp"))
+    (tiny / "train" / "n04" / "images").mkdir(parents=True)
+    for source in ("decoded", "from the cache"):
+        dataset, said = load_tiny(tiny)
+        assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (6, 3, 3)
+        assert [line.removeprefix("tinyimgnt: left out ").replace(str(tiny), "ROOT") for line in said] == [
+            "1 classes that ROOT/wnids.txt doesn't name, such as ROOT/train/n04",
+            "1 training files that are not .jpeg, .jpg, .png, such as ROOT/train/n01/images/other.bmp",
+            "2 validation images of other classes, such as ROOT/val/images/val_8.JPEG",
+            "1 validation images that ROOT/val/val_annotations.txt doesn't name, such as "
+            "ROOT/val/images/forgotten.png",
+        ], source
+
+
+def test_what_desktops_and_editors_hide_is_passed_over(tiny):
+    (tiny / "wnids.txt").unlink()
+    for folder in (image_file(tiny).parent, tiny / "val" / "images", tiny / "train"):
+        (folder / "._x.png").write_bytes(b"\0\5\x16\7")
+        (folder / ".DS_Store").touch()
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints" / "x-checkpoint.png").touch()
+    dataset, said = load_tiny(tiny)
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (6, 3, 3) and not said
+
+
+def test_what_is_listed_twice_counts_once(tiny):
+    (tiny / "wnids.txt").write_text("n03\nn01\nn03\n\nn02\n")
+    annotate(tiny, "val_0.JPEG\tn03\t5\t5\t6\t6")
+    dataset, _ = load_tiny(tiny)
+    assert dataset.num_classes == 3 and dataset.train.labels.bincount().tolist() == [3, 2, 1]
+    assert dataset.test.labels.tolist() == [2, 1, 0]
+
+
+IMAGES = {  # how an image of one colour is stored -> its pixels in RGB
+    "CMYK.jpg": (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), (254, 0, 0)),
+    "P.png": (Image.new("RGB", (16, 16), (9, 200, 30)).quantize(), (9, 200, 30)),
+    "RGBA.png": (Image.new("RGBA", (16, 16), (9, 200, 30, 0)), (9, 200, 30)),
+    "LA.png": (Image.new("LA", (16, 16), (77, 128)), (77, 77, 77)),
+    "1.png": (Image.new("1", (16, 16), 1), (255, 255, 255)),
+    "16 bits.png": (Image.fromarray(np.full((16, 16), 77 * 256 + 200, np.uint16)), (77, 77, 77)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_of_all_kinds_become_rgb(tiny, name):
+    image, colour = IMAGES[name]
+    image.save(image_file(tiny, file=name))
+    (alone,) = [i for i, path in enumerate(sorted(image_file(tiny).parent.iterdir())) if path.name == name]
+    dataset, said = load_tiny(tiny)
+    pixels = dataset.train.images[dataset.train.labels == 1][alone].float()
+    torch.testing.assert_close(pixels, torch.tensor(colour).float()[:, None, None].expand(3, 16, 16), atol=1.5, rtol=0)
+    assert not said
+
+
+DAMAGES = {  # what is done to a folder -> the error
+    "truncated": (lambda r: os.truncate(image_file(r), 300), "n01_0.JPEG can't be decoded"),
+    "empty": (lambda r: os.truncate(image_file(r), 0), "n01_0.JPEG can't be decoded"),
+    "32 bits": (lambda r: Image.new("F", (16, 16)).save(image_file(r), "tiff"), "n01_0.JPEG can't be decoded.*32 bits"),
+    "of another size": (lambda r: Image.new("RGB", (8, 12)).save(image_file(r)), "n01_0.JPEG is 8x12, .* is 16x16"),
+    "not square": (lambda r: Image.new("RGB", (9, 8)).save(image_file(r, "n03", "n03_0.JPEG")), "is 9x8: .* square"),
+    "val of another size": (lambda r: Image.new("RGB", (8, 8)).save(r / "val" / "images" / "val_2.JPEG"),
+                            "val_2.JPEG is 8x8, .*n03_0.JPEG is 16x16"),
+    "a folder": (lambda r: image_file(r, file="x.png").mkdir(), "x.png is a folder"),
+    "a link to nothing": (lambda r: image_file(r, file="x.png").symlink_to("y"), "No such file.*x.png"),
+    "an image missing": (lambda r: (r / "val" / "images" / "val_1.JPEG").unlink(), "No such file.*val_1.JPEG"),
+    "no images folder": (lambda r: shutil.rmtree(r / "val" / "images"), "No such file.*val_2.JPEG"),
+    "an empty class": (lambda r: [f.unlink() for f in image_file(r).parent.iterdir()], "no images of class n01 in"),
+    "an empty class without a list": (lambda r: ((r / "wnids.txt").unlink(), (r / "train" / "n04").mkdir()),
+                                      "no images of class n04 in .* remove the folder"),
+    "no class": (lambda r: (r / "wnids.txt").write_text("\n"), "no class in .*wnids.txt"),
+    "two classes on a line": (lambda r: (r / "wnids.txt").write_text("n01 n02"), "class n01 n02 in .* a line"),
+    "two classes": (lambda r: annotate(r, "", "val_0.JPEG\tn01"), "line 5: 'val_0.JPEG' is of .* n01, but was of n03"),
+    "two classes, one unknown": (lambda r: annotate(r, "val_0.JPEG\tn99"), "line 4: 'val_0.JPEG' is of class n99"),
+    "no class beside it": (lambda r: annotate(r, "", "a b.JPEG\t \t0"), "line 5: 'a b.JPEG.*' has no class"),
+    "no image beside it": (lambda r: annotate(r, "\tn01"), "line 4: 'n01' has no class"),
+    "UTF-16 without a mark": (lambda r: (r / "wnids.txt").write_bytes("n01".encode("utf-16-le")), "wnids.txt .*UTF-8"),
+    "Latin-1": (lambda r: (r / "val" / "val_annotations.txt").write_bytes(b"\xe9\tn01\n"), "annotations.txt .*UTF-8"),
+    "a folder for a list": (lambda r: ((r / "wnids.txt").unlink(), (r / "wnids.txt").mkdir()), "wnids.txt is a folder"),
+    "no known class": (lambda r: (r / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn9"), "names no image of"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_named_in_a_line(tiny, damage):
+    harm, message = DAMAGES[damage]
+    load_tiny(tiny)
+    harm(tiny)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_tiny(tiny)
+    assert str(tiny) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bomb_among_the_images_is_not_decoded(tiny):
+    bomb = image_file(tiny, file="bomb.png")
+    Image.new("L", (16, 16)).save(bomb)
+    data = bytearray(bomb.read_bytes())
+    data[16:24] = (2**16 - 1).to_bytes(4, "big") * 2  # the size in a PNG's header
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    bomb.write_bytes(data)
+    with pytest.raises(ValueError, match=r"bomb.png can't be decoded: .* decompression bomb"):
+        load_tiny(tiny)
+
+
+@pytest.mark.parametrize("place", ["train/n03/images/a.png", "wnids.txt", "val/val_annotations.txt",
+                                   ".cache/train_images.npy", ".cache/digest"])
+def test_nobody_waits_for_a_pipe(tiny, place):
+    load_tiny(tiny)
+    if place.startswith(".cache"):
+        (folder,) = (tiny.parent / ".cache").glob("tinyimgnt-*-*")
+        file = folder / place.removeprefix(".cache/")
+    else:
+        file = tiny / place
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+    def too_long(*_):
+        pytest.exit(f"{file} is waited for")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        if place.startswith(".cache"):
+            assert len(load_tiny(tiny)[0].train) == 6 and file.is_file()
+        else:
+            with pytest.raises(ValueError, match="is not a regular file"):
+                load_tiny(tiny)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_no_text_in_this_locale(tiny):
+    odd = os.fsencode(tiny.with_name("m")) + b"\xe9"
+    os.rename(tiny, odd)
+    tiny = Path(os.fsdecode(odd))
+    image_file(tiny).rename(image_file(tiny, file=os.fsdecode(b"\xe9.JPEG")))
+    for _ in ("decoded", "from the cache"):
+        dataset, said = load_tiny(tiny)
+        assert len(dataset.train) == 6 and not said
+
+
+def test_the_scripts_say_it_in_lines(monkeypatch, tiny):
+    annotate(tiny, "val_9.JPEG\tn99")
+    train = ["--dataset=tinyimgnt", f"--imgntdir={tiny}", f"--data_dir={tiny.parent}", "--num_models=1000"]
+    result = script("train", *train, cwd=tiny.parent, check=False)
+    warning, error = result.stderr.splitlines()
+    assert warning.startswith("warning: tinyimgnt: left out 1 validation images") and warning.endswith("val_9.JPEG")
+    assert error == "error: 1000 agents cannot share 6 training images: use fewer agents" and result.returncode == 2
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one says it
+    assert "warning" not in script("train", *train, cwd=tiny.parent, check=False).stderr
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(2000, marks=pytest.mark.long)])
+def test_mutated_folders_load_or_are_named(tiny, examples):
+    """A few bytes of an image, a list or an array in the cache are changed, or it is cut off."""
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(st.data())
+    def mutate(data):
+        load_tiny(tiny)
+        kept = (".lock", "_boxes.txt")
+        files = sorted(f for f in tiny.parent.glob("**/*") if f.is_file() and not f.name.endswith(kept))
+        file = data.draw(st.sampled_from(files))
+        before, stat = file.read_bytes(), file.stat()
+        content = bytearray(before)
+        for _ in range(data.draw(st.integers(1, 4))):
+            place = data.draw(st.integers(0, len(content)))
+            content[place:place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        file.write_bytes(content[:data.draw(st.none() | st.integers(0, len(content)))])
+        try:
+            dataset, _ = load_tiny(tiny)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and str(tiny) in str(error)
+        else:
+            for images in (dataset.train, dataset.test):
+                assert len(images) and images.images.shape == (len(images), 3, 16, 16)
+                assert images.images.dtype == torch.uint8 and images.labels.min() >= 0
+                assert images.labels.max() < dataset.num_classes <= 4
+        finally:
+            if tiny in file.parents:
+                file.write_bytes(before)
+                os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            else:
+                shutil.rmtree(file.parent, ignore_errors=True)
+
+    mutate()
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -369,21 +705,58 @@ def test_the_cache_is_memory_mapped_without_a_copy(tmp_path):
     np.testing.assert_array_equal(tensor, toy_arrays()["train_images"])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "left over from a killed build"])
+def put(name, change):
+    return lambda folder: np.save(folder / f"{name}.npy", change(np.load(folder / f"{name}.npy")))
+
+
+def put_archive(folder):
+    with open(folder / "test_images.npy", "wb") as file:
+        np.savez(file, **toy_arrays())
+
+
+def drop_from_both(folder):
+    for name in ("test_images", "test_labels"):
+        put(name, lambda array: array[:-1])(folder)
+
+
+CACHE_DAMAGES = {
+    "truncated": lambda folder: os.truncate(folder / "test_images.npy", 140),
+    "empty": lambda folder: os.truncate(folder / "test_images.npy", 0),
+    "missing": lambda folder: (folder / "test_images.npy").unlink(),
+    "a folder": lambda folder: ((folder / "test_images.npy").unlink(), (folder / "test_images.npy").mkdir()),
+    "left over from a killed build": lambda folder: folder.rename(folder.with_name("toy-tmp-abc")),
+    "too few images": put("test_images", lambda images: images[:-1]),
+    "too few images and labels": drop_from_both,
+    "none at all": put("test_images", lambda images: images[:0]),
+    "of another shape": put("test_images", lambda images: images[..., None]),
+    "of another type": put("test_images", lambda images: images.astype(np.float32)),
+    "of another byte order": put("test_labels", lambda labels: labels.astype(">i8")),
+    "a label out of range": put("test_labels", lambda labels: labels + 96),
+    "another label": put("train_labels", lambda labels: labels[::-1]),
+    "objects": put("test_images", lambda images: images.astype(object)),
+    "a pickle": lambda folder: (folder / "test_images.npy").write_bytes(pickle.dumps(Trap(folder / "harm"))),
+    "an archive": put_archive,
+    "text": lambda folder: (folder / "test_images.npy").write_text("<html>"),
+    "a header that lies": lambda folder: (folder / "test_images.npy").write_bytes(
+        (folder / "test_images.npy").read_bytes().replace(b"(4, 3, 2, 2)", b"(9**99, 3,2)")),
+    "no digest": lambda folder: (folder / "digest").unlink(),
+    "a damaged digest": lambda folder: (folder / "digest").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGES)
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     source, cache = tmp_path / "source", tmp_path / "cache"
     source.touch()
     cached(cache, "toy", lambda: [source], toy_arrays)
     (folder,) = cache.glob("toy-*")
-    if damage == "truncated":
-        os.truncate(folder / "test_images.npy", 140)
-    elif damage == "missing":
-        (folder / "test_images.npy").unlink()
-    else:
-        folder.rename(cache / "toy-tmp-abc")
-    arrays = cached(cache, "toy", lambda: [source], toy_arrays)
-    np.testing.assert_array_equal(arrays["test_images"], toy_arrays()["test_images"])
-    assert list(cache.glob("toy-*")) == [folder]
+    CACHE_DAMAGES[damage](folder)
+    for decode in (toy_arrays, lambda: pytest.fail("built twice")):
+        arrays = cached(cache, "toy", lambda: [source], decode)
+        for name, array in toy_arrays().items():
+            np.testing.assert_array_equal(arrays[name], array)
+            assert arrays[name].dtype == array.dtype
+    assert list(cache.glob("toy-*")) == [folder] and not (folder / "harm").exists()
 
 
 def test_an_unwritable_cache_folder_means_decoding_in_memory(tmp_path):

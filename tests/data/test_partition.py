@@ -88,6 +88,19 @@ def test_dirichlet_evens_out_with_alpha():
     assert spread[0] > spread[1] > spread[2]
 
 
+@pytest.mark.parametrize("num_agents", AGENTS)
+def test_dirichlet_at_the_ends_of_alpha(num_agents):
+    even, alone = (counts(partition("dirichlet", num_agents, alpha=alpha)[0], TRAIN) for alpha in (1e300, 1e-300))
+    assert np.ptp(even, axis=0).max() <= 1
+    assert len(TRAIN) - alone.max(axis=0).sum() < num_agents  # a class is one agent's, but for others' only images
+
+
+@pytest.mark.parametrize("name", sorted(PARTITIONS))
+def test_far_too_many_agents_are_a_sentence(name):
+    with pytest.raises(ValueError, match="1000000 agents cannot share 735 training images"):
+        partition(name, 10**6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.sampled_from([1e-3, 0.01, 0.1, 1.0]), st.integers(-3, 10**6))
 def test_dirichlet_leaves_nobody_without_images(num_agents, alpha, seed):
@@ -130,6 +143,8 @@ def test_the_seed_decides_except_for_non_iid(name):
         ("iid", len(TEST) + 1, {}, "cannot share"),
         ("dirichlet", 5, {"alpha": 0.0}, "alpha is 0.0"),
         ("dirichlet", 5, {"alpha": float("nan")}, "alpha is nan"),
+        ("dirichlet", 5, {"alpha": 1.7e308}, r"alpha is 1.7e\+308: it must be between 1e-300 and 1e300"),
+        ("dirichlet", 5, {"alpha": 5e-324}, "alpha is 5e-324"),
         ("non-iid-PF", 5, {"phase": "later"}, "choose from pretrain, finetune"),
         ("non-iid", 150, {}, "would get no test image"),
         ("iid", 5, {"train": TRAIN + 1}, "expected 0 to 9"),

@@ -1,6 +1,7 @@
 """One merge: what comes out, what stays untouched, and how often images go through a model."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -316,11 +317,103 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
          r"agent 1's 'head.bias' has shape \(9,\)"),
         ({"models_or_states": broken(lambda s: s.update({"head.bias": torch.full((3,), torch.inf)})), "model": Net()},
          "agent 1's 'head.bias' has NaN or infinite"),
+        ({"agents": [7]}, r"agents=\[7\]: there are agents 0 to 1"),
+        ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
+        ({"model": "resnet20"}, "model= is a str: pass the architecture"),
+        ({"models_or_states": [None, *nets(2)], "weights": [[0, 0.5, 0.5]] * 3, "agents": [1]},
+         "agent 0 merges others' models, in the order of its own, which is None"),
+        ({"batches": 5}, "batches is a int: pass a list of batches"),
+        ({"batches": {"image": images()[0]}}, "batches is a dict: pass a list of batches"),
     ],
 )
 def test_errors_come_before_the_work(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge(**({"models_or_states": nets(2), "weights": HALVES, "batches": images()} | arguments))
+
+
+ODD = {
+    "sparse": lambda t: t.to_sparse(),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+    "meta": lambda t: t.to("meta"),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "lazy": lambda t: nn.parameter.UninitializedParameter(),
+    "integer": lambda t: t.long(),
+    "list": lambda t: t.tolist(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantiz|nested tensors|Sparse)")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_tensors_that_cannot_be_averaged_are_named(kind, method):
+    states = [net.state_dict() for net in nets(2)]
+    states[1]["head.weight"] = ODD[kind](states[1]["head.weight"])
+    with pytest.raises(ValueError, match=r"^agent 1's 'head\.weight' is "):
+        merge(states, HALVES, method, images(), model=Net())
+
+
+def test_an_architecture_without_values_is_named():
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(ValueError, match=r"`model`'s tensor for agent 0's 'first\.weight' is without values"):
+        merge([net.state_dict() for net in nets(2)], HALVES, batches=images(), model=model)
+
+
+def test_tensors_of_unusual_make_merge_like_others(spec):
+    """With a history of gradients, spread from one value, not contiguous."""
+    states = [net.state_dict() for net in nets(2)]
+    states[1]["head.bias"] = torch.ones(3)
+    expected = merge(states, HALVES, batches=images(), model=Net(), spec=spec)
+    states[1]["head.bias"] = torch.ones(1).expand(3)
+    states[1]["second.weight"] = states[1]["second.weight"].requires_grad_() * 1
+    states[1]["head.weight"] = states[1]["head.weight"].T.contiguous().T
+    for weights in (HALVES, torch.eye(2)):
+        merged = merge(states, weights, batches=images(), model=Net(), spec=spec)
+        assert not any(tensor.requires_grad for tensor in merged[1].values())
+        merged[1]["head.bias"][0] = 7
+        assert merged[1]["head.bias"][1] != 7 and (states[1]["head.bias"] == 1).all()
+        if weights is HALVES:
+            assert_same(merged[0], expected[0])
+
+
+# Batches
+
+
+WRAPS = [
+    lambda x: (x, torch.rand(len(x))), lambda x: [x, torch.rand(len(x)), "path"], lambda x: {"image": x, "label": 0.5},
+    lambda x: {"labels": torch.rand(len(x)), "pixel_values": x}, lambda x: {"x": x}, lambda x: {"input": x},
+    lambda x: UserDict(images=x),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "WA", "rescale": True}])
+def test_batches_hold_images_in_one_of_these_ways(spec, options):
+    models = nets(2)
+    expected = merge(models, HALVES, batches=images(), spec=spec, **options)
+    for wrap in WRAPS:
+        merged = merge(models, HALVES, batches=[wrap(x) for x in images()], spec=spec, **options)
+        assert_same(merged[0], expected[0], rtol=0, atol=0)
+    assert_same(merge(models, HALVES, batches=[wrap(x) for x in images()], **options)[0], expected[0])  # without spec
+
+
+@pytest.mark.parametrize(("batch", "message"), [
+    ({"picture": torch.ones(2, 2, 8, 8)}, "a dict with the keys 'picture', none of which is one of 'image', 'images'"),
+    ({"image": "cat.png"}, "the images of a batch are of type str: a batch is a tensor of images"),
+    ([], "of type list"), ((3, torch.ones(2, 2, 8, 8)), "of type int"), (torch.tensor(1.0), "a single number"),
+])
+@pytest.mark.parametrize("options", [{}, {"method": "WA"}, {"method": "WA", "bn_reset": "none", "rescale": True}])
+def test_batches_without_images_are_refused(batch, message, options):
+    with pytest.raises(ValueError, match=message):
+        merge(nets(2), HALVES, batches=[batch], **options)
+
+
+def test_empty_batches_are_left_out(spec):
+    nothing = torch.ones(0, 2, 8, 8)
+    merged = merge(nets(2), HALVES, batches=[nothing, *images(), nothing], rescale=True)
+    assert_same(merged[0], merge(nets(2), HALVES, batches=images(), rescale=True)[0], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no images"):
+        merge(nets(2), HALVES, batches=[nothing], spec=spec)
 
 
 @pytest.mark.parametrize("method", ["DIMAT", "WM"])

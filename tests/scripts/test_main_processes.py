@@ -1,11 +1,14 @@
 """main.py over several processes: launched, as workers, and as agents on their own that die and come back."""
 
 import csv
+import importlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +18,20 @@ import torch
 
 from merging.permutation import derive_spec, permute, random_permutations
 from models import build_model
-from tests.helpers import TINY, children, equal_runs, folder_of, launched, process, rows_of, script, wait_for
+from tests.helpers import (
+    TINY,
+    children,
+    equal_runs,
+    folder_of,
+    launched,
+    process,
+    rows_of,
+    script,
+    wait_for,
+    wait_until_gone,
+)
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
+from utils import distributed
 from utils.files import load_tensors
 from utils.wire import wire_bytes
 
@@ -144,6 +159,76 @@ def test_nobody_waits_longer_than_timeout_for_a_stalled_process(tmp_path):
     assert re.search(r"agents 0, 1 waited 3\.\d s for .*nothing within --timeout 3 s", (tmp_path / "log").read_text())
 
 
+@linux
+@pytest.mark.long
+def test_a_process_that_hangs_before_it_has_joined_is_named(tmp_path):
+    with launched(*torchrun, "--nproc_per_node=2", program="main.py", arguments=[*RUN, "--timeout=3"],
+                  home=tmp_path) as launcher:
+        while len(children(launcher.pid)) < 2:
+            time.sleep(0.01)
+        os.kill(children(launcher.pid)[1], signal.SIGSTOP)
+        wait_for("error: rank 1 (agent 2) did not come to ", tmp_path / "log", seconds=120)
+    assert "note: RANK=0, WORLD_SIZE=2: waiting for rank 1 (agent 2) at " in (tmp_path / "log").read_text()
+
+
+# How a group is asked for
+
+
+def asks_for_a_group(monkeypatch, **variables: str | None) -> None:
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | variables
+    for name, value in group.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", ["main", "base_lines"])
+@pytest.mark.parametrize(("variables", "word"), [
+    ({"RANK": ""}, "RANK=''"), ({"RANK": "x"}, "RANK='x'"), ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ({"RANK": "-1"}, "RANK='-1'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"), ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+    ({"MASTER_PORT": None}, "MASTER_PORT"), ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536"), ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+    ({"LOCAL_RANK": "gpu"}, "LOCAL_RANK='gpu'"), ({"TORCHELASTIC_RESTART_COUNT": ""}, "TORCHELASTIC_RESTART_COUNT=''")])
+def test_a_group_that_makes_no_sense_is_a_sentence(tmp_path, monkeypatch, name, variables, word):
+    asks_for_a_group(monkeypatch, **variables)
+    result = script(name, "--randominit", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "missing", "mute"), [
+    ("0", "rank 1 (agents 3, 4)", False), ("1", "rank 0 (agents 0, 1, 2)", False),
+    ("1", "rank 0 (agents 0, 1, 2)", True)])  # it listens, but is stopped
+def test_who_waits_says_for_whom_and_which_variables_ask_for_it(monkeypatch, capfd, rank, missing, mute):
+    threads, listening = threading.active_count(), socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    if not mute:
+        listening.close()
+    asks_for_a_group(monkeypatch, RANK=rank, MASTER_PORT=str(port))
+    monkeypatch.setattr(distributed, "IN_SILENCE", 0.2)
+    monkeypatch.setattr(distributed, "STARTING", 0.5)
+    place = f"127.0.0.1:{port}"
+    with pytest.raises(ValueError, match=re.escape(f"{missing} did not come to {place} within 0.5 s")), \
+            distributed.connect(5, torch.device("cpu"), "auto", timeout=0.1):
+        pass
+    assert capfd.readouterr().err == (f"note: RANK={rank}, WORLD_SIZE=2: waiting for {missing} at {place}; "
+                                      "unset RANK and WORLD_SIZE to run as one process\n")
+    listening.close()
+    while threading.active_count() > threads:  # torch has more to say of a listener that goes
+        time.sleep(0.01)
+
+
+def test_a_launched_group_has_an_agent_for_each_process_unless_it_is_told(monkeypatch):
+    def agents(name: str, *flags: str) -> int:
+        return importlib.import_module(name).make_parser().parse_args(list(flags)).num_models
+
+    scripts = ("train", "main", "base_lines")
+    assert [agents(name) for name in scripts] == [5, 5, 5]
+    asks_for_a_group(monkeypatch, WORLD_SIZE="3")
+    assert [agents(name) for name in scripts] == [5, 3, 3]
+    assert [agents(name, "--num_models=4") for name in scripts] == [4, 4, 4]
+    monkeypatch.setenv("DIMAT_PARENT", "1")  # a worker, of which there may be fewer than agents
+    assert agents("main") == 5
+
+
 # Workers
 
 
@@ -157,20 +242,20 @@ def test_workers_give_one_processs_figures(uninterrupted, tmp_path):
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "first"])
-def test_no_worker_is_left_behind(tmp_path, victim):
+@pytest.mark.parametrize(("victim", "sent"), [
+    ("worker", signal.SIGKILL), ("first", signal.SIGKILL),
+    *(pytest.param("first", sent, marks=pytest.mark.long) for sent in (signal.SIGTERM, signal.SIGINT))])
+def test_no_worker_and_no_file_is_left_behind(tmp_path, victim, sent):
     running = process("main", *RUN, "--merg_itr=500", "--workers=2", cwd=tmp_path, stderr=subprocess.PIPE)
     while not running.stdout.readline().startswith("iteration   1 trained"):
         pass
     worker, = children(running.pid)
-    os.kill(worker if victim == "worker" else running.pid, signal.SIGKILL)
-    _, said = running.communicate(timeout=30)
-    assert running.returncode == (2 if victim == "worker" else -signal.SIGKILL)
+    os.kill(worker if victim == "worker" else running.pid, sent)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == (2 if victim == "worker" else 130 if sent == signal.SIGINT else -sent)
     assert ("error: agents 0, 1 waited" in said) == (victim == "worker")
-    end = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until_gone([worker])
+    assert not list(tmp_path.glob("dimat-*"))  # where temporary files go
 
 
 # Agents on their own

@@ -1,6 +1,9 @@
 """Sweeps: the right commands, as many at a time as allowed, and nothing lost when something fails or is stopped."""
 
+import contextlib
+import datetime
 import os
+import random
 import re
 import shlex
 import shutil
@@ -14,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, rows_of
+from tests.helpers import ROOT, descendants, process, rows_of, wait_until_gone
 from utils import sweep
 from utils.sweep import Job, Planner, grid, plan_file, run_jobs, scripts_parsers
 
@@ -66,10 +69,97 @@ def test_values_survive_the_shell_and_further_flags_reach_the_scripts_that_know_
     path = "checkpoint/digits/resnet20/diff_initialization/models_no5/data_dist_iid/num_epochs_3/width=1/random_seed_0"
     for command in commands:
         assert f"--ckp={path}" in command and "--data_dir=my data's" in command and "--match_at=last" in command
-    for flags, message in ((["--opts", "FOO"], "invalid choice: 'FOO'"), (["--", "--nonsense=1"], "--nonsense=1"),
-                           (["--random_seeds", ""], "nothing to run")):
-        assert sweep.main(["main", *flags]) == 2
-        assert message in capsys.readouterr().err
+
+
+def refused(*arguments: str, capsys) -> str:
+    """What a sweep says that can't be: a line."""
+    try:
+        code = sweep.main(list(arguments))
+    except SystemExit as stop:  # the parser's
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--opts", "FOO"], "invalid choice: 'FOO'"), (["--", "--nonsense=1"], "--nonsense=1"),
+    (["--random_seeds", ""], "--random_seeds: an empty list leaves nothing to run"),
+    (["--models", "  "], "--models: an empty list"), (["--nums_models", "a b"], "--num_models: 'a'"),
+    (["--randominits", "maybe"], "randominit: 'maybe' is not a boolean"), (["--datasets_nums_classes", ",10"], "''")])
+def test_flags_that_make_no_sense_are_a_sentence(flags, message, capsys):
+    assert message in refused("main", *flags, capsys=capsys)
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("all: 5", "all: 5 is no grid"), ("all: {5: 6}", "all: 5 is no option's name"), ("all: [{}, {}]", "all: there are"),
+    ("main: [[1]]", "main: [1] is no grid"), ("main: text", "main: 'text' is no grid"), ("train: 0", "train: 0 is no"),
+    ("main: {randominit: maybe}", "randominit: 'maybe' is not a boolean"),
+    ("main: {seed: []}", "main: seed is an empty list"),
+    ("base_lines: {randominit: true, launch: maybe}", "launch: 'maybe' is not a boolean"),
+    ("main: {seed: {0: 1}}", "main: seed: {0: 1} is neither text nor a number"),
+    ("all: {seed: [[0]]}", "all: seed: [0] is neither"),
+    ("train: {epochs: 2020-01-01}", "train: epochs: datetime.date(2020, 1, 1) is neither"),
+    ("train: {lr: .nan}", "train: argument --lr: nan is not"), ("train: {alpha: .inf}", "inf is not a finite number"),
+    (f"train: {{alpha: {HUGE}}}", "train: argument --alpha"), (f"{{5: 1, main: {{seed: {HUGE}}}}}", "option: value"),
+    ("main: {randominit: true, num_models: many}", "main: argument --num_models: 'many'"), ("[]", "option: value"),
+    ("train: {seed: 2020-13-45}", "month must be"), (f"train: {{seed: {HUGE * 20}}}", "digits")])
+def test_a_sweep_file_that_makes_no_sense_is_a_sentence(content, message, tmp_path, capsys):
+    (tmp_path / "odd.yaml").write_text(content)
+    said = refused(str(tmp_path / "odd.yaml"), "--dry_run", capsys=capsys)
+    assert f"{tmp_path / 'odd.yaml'}" in said and message in said
+
+
+def test_whatever_is_in_a_sweep_file_a_plan_or_a_sentence_is_all_that_comes_of_it():
+    odd = [0, -1, int(HUGE), 99999999999999999999999, 1e308, float("nan"), True, False, None, "digits", "resnet20",
+           "vgg16", "tv:nothing", "iid", "dirichlet", "maybe", "", " ", "\0", "1_000", "~/x", "DIMAT", "CDSGD", "ring",
+           "--help", "a=b", datetime.date(2020, 1, 1), b"x", {1, 2}]
+    keys = ["dataset", "data", "model", "num_models", "data_dist", "alpha", "seed", "random_seed", "epochs", "lr",
+            "randominit", "diffinit", "opt", "launch", "topology", "exp", "config", "ckp", "width_multiplier", "resume",
+            "results_dir", "workers", "merg_itr", "--seed", "a b", "", "=", 5, None, True, (1, 2)]
+    draw, parsers, planned = random.Random(0), scripts_parsers(), 0
+
+    def some(kind):
+        return [kind() for _ in range(draw.randrange(4))]
+
+    def value():
+        return draw.choice([lambda: draw.choice(odd)] * 8 + [lambda: some(value), options])()
+
+    def options():
+        return {draw.choice(keys): value() for _ in range(draw.randrange(4))}
+
+    for _ in range(500):
+        content = {part: draw.choice([options, options, lambda: some(options), value])()
+                   for part in draw.sample(["all", "train", "main", "base_lines"], draw.randrange(1, 5))}
+        try:
+            plan_file(content, Planner(parsers))
+            planned += 1
+        except ValueError as error:
+            assert str(error)
+    assert 20 < planned < 480
+
+
+def test_the_scripts_keep_their_line_ends_wherever_they_are_checked_out(tmp_path):
+    scripts = [*(f"{name}.sh" for name, *_ in DOCUMENTED), ".ci/run"]
+    for file in [*scripts, ".gitattributes"]:
+        assert b"\r" not in (ROOT / file).read_bytes()
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "core.autocrlf=true", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    git("init")
+    git("add", ".")
+    for file in scripts:
+        (tmp_path / file).unlink()
+    git("checkout", "--", ".")  # as on a machine that turns line ends into its own
+    assert not any(b"\r" in (tmp_path / file).read_bytes() for file in scripts)
 
 
 @pytest.mark.slow
@@ -237,10 +327,11 @@ def test_gpus_are_dealt_out_and_the_cores_shared(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
 def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from utils import sweep; sweep.PATIENCE = 1.0\n"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from utils import sweep; "
+            f"sweep.PATIENCE = {[1.0, 600.0][len(sent) - 1]}\n"
             "from pathlib import Path\n"
             "stubborn = 'import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
             "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)'\n"
@@ -254,8 +345,10 @@ def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
                   for log in tmp_path.glob("*.log")) < 2:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
-        pids = [int(log.read_text().split()[-1]) for log in tmp_path.glob("*.log")]
-        process.send_signal(sent)
+        pids = [int(log.read_text().split()[-1]) for log in sorted(tmp_path.glob("*.log"))]
+        for one in sent:
+            process.send_signal(one)
+            wait_until_gone(pids[1:])  # the polite one goes at once
         assert process.wait(timeout=30) != 0
         for pid in pids:
             with pytest.raises(ProcessLookupError):
@@ -265,6 +358,32 @@ def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
         for one in (process, bystander):
             one.kill()
             one.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_jobs_end_with_their_sweep_however_that_ends(tmp_path):
+    endless = {"all": SWEEP["all"] | {"num_models": 2, "seed": 0, "randominit": True, "merg_itr": 10 ** 6},
+               "train": {"epochs": 10 ** 6}, "main": {"opt": "WA", "exp": 1, "training": True, "workers": 2},
+               "base_lines": {"opt": "CDSGD", "exp": 1, "epochs": 10 ** 6, "num_epochs": 1}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(endless))
+    running = process("utils.sweep", "sweep.yaml", "--num_parallel=3", cwd=tmp_path)
+    try:
+        end = time.monotonic() + 120
+        while len([*tmp_path.glob("results/**/metrics.csv"), *tmp_path.glob("checkpoint/**/config.yaml")]) < 3:
+            assert time.monotonic() < end and running.poll() is None
+            time.sleep(0.05)
+    finally:
+        started = descendants(running.pid)
+        running.kill()
+        running.wait()
+    try:
+        assert len(started) == 6, started  # a pre-training, a run with its worker, a launcher with its two
+        wait_until_gone(started)
+    finally:
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from utils import run_plots
 from utils.plots import (
     accuracy_figure,
     accuracy_panel,
+    groups_figure,
     lines_of,
     style,
     styles,
@@ -587,6 +588,55 @@ def test_a_label_looks_the_same_in_all_panels_and_stands_in_the_legend_once(make
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["DIMAT", "mine", "other"]
     np.testing.assert_allclose(left.lines[0].get_ydata(), [1, 11, 21])
     assert left.get_ylim() == (0, 30)
+
+
+def test_names_are_drawn_as_they_stand(tmp_path, capsys):
+    """Whatever matplotlib makes of dollars, a terminal of line breaks and a file of half a character."""
+    name = "a$b$c_{ $\\frac{1}$ \\$ \ud800 %d {x} #\ntwo"
+    pi = [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    for k in range(2):
+        run = write_run(tmp_path / "results" / str(k), opt=name, topology=name, dataset=name, model=name + "2" * k,
+                        data_dist=name, match_prior=name, pi=pi)
+    write_stats(run, [(1, 0, 1, name.replace("\ud800", "?"), 5, 0.5, 0.5)])
+    command = [str(tmp_path / "results"), f"--out={tmp_path / 'out'}", "--format=svg", "--target=5"]
+    assert run_plots.main(command) == 0
+    assert len(capsys.readouterr().out.split()) == len([*(tmp_path / "out").iterdir()]) == 8
+
+
+def test_a_dollar_is_a_dollar(tmp_path):
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none"}):
+        groups_figure({"g$1$": "(5)"}, ["l$2$"], [(0, 0)], [], tmp_path / "groups.svg", "t$3$")
+        accuracy_figure({"p$4$": {"m$5$": curve(1, 2)}}, tmp_path / "curves.svg", "c$6$")
+    drawn = (tmp_path / "groups.svg").read_text() + (tmp_path / "curves.svg").read_text()
+    assert all(text in drawn for text in ("g$1$", "l$2$", "t$3$", "p$4$", "m$5$", "c$6$"))
+
+
+@pytest.mark.parametrize("pi", ["much", {"a": 1}, [1, 2], [[1, 0], [0, 1]], [[float("nan")] * 3] * 3])
+def test_weights_of_another_kind_are_noted(make, pi):
+    notes = []
+    assert run_plots.topology(lines_of([make(pi=pi)])[0], notes.append) == []
+    assert len(notes) == 1 and notes[0].endswith("pi in config.yaml holds no weights of 3 agents")
+
+
+def test_tables_that_hold_no_figures_are_noted(make):
+    run, notes = make(), []
+    write_stats(run.path, [(1, 0, 1, "g", 5, "inf", 0.5)])
+    last = run.path / "accuracy_matrix" / "iteration_0002_merged.csv"
+    last.write_text(last.read_text().replace("22.0000", "inf"))
+    lines, _ = lines_of([run])
+    assert run_plots.merge_stats(lines, notes.append) == run_plots.accuracy_matrix(lines, notes.append) == []
+    assert notes == [f"{run.path / 'merge_stats.csv'} is not a table of merge statistics",
+                     f"{last} is not an accuracy matrix of 3 agents"]
+
+
+def test_an_agent_without_test_images_is_left_white(make):
+    run = make()
+    last = run.path / "accuracy_matrix" / "iteration_0002_merged.csv"
+    last.write_text(last.read_text().replace("22.0000", "nan"))
+    (page,) = run_plots.accuracy_matrix(lines_of([run])[0], pytest.fail)
+    assert page().axes[0].images[0].norm.vmax <= 30
 
 
 @pytest.mark.parametrize("agents, count", [(5, 1), (20, 4)])

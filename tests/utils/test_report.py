@@ -1,12 +1,17 @@
 """Tables of run folders: what is averaged, what is kept apart, what is said."""
 
 import csv
+import importlib
+import io
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from tests.helpers import ROOT
+from utils.progress import print_anywhere
 from utils.report import MISSING, main
 
 MERGE = {
@@ -322,7 +327,7 @@ def test_an_iteration_counts_when_every_agent_has_one_row(add, error, damage):
     ("config.yaml", "opt: DIMAT", "config.yaml has no topology"),
     ("config.yaml", "{opt: DIMAT, topology: ring, num_models: two}", "num_models: 'two'"),
     ("metrics.csv", "", "no rows yet"),
-    ("metrics.csv", "a,b\n1,2\n", "not of a run: 1,2"),
+    ("metrics.csv", "a,b\n1,2\n", "metrics.csv has no column agent, iteration, phase"),
     ("metrics.csv", "iteration,phase,agent\none,merged,0\n", "not of a run: one,merged,0"),
     ("metrics.csv", b"\xff\xfe", "can't decode"),
 ])
@@ -444,3 +449,93 @@ def test_a_run_that_is_older_than_an_option_had_its_usual_value(add, report):
     table, _, _ = report("--cols", "data_dist")
     assert [(row[0].replace(" ", ""), row[1][:5]) for row in table[1:]] == [
         ("DIMAT(link_failure=0.0)", "61.00"), ("DIMAT(link_failure=0.2)", "50.00")]
+
+
+def in_ascii(*command, **how):
+    """What a command prints where the terminal knows nothing but ASCII."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", *command], env=os.environ | plain, capture_output=True, **how)
+
+
+def test_a_table_can_be_printed_in_ascii(add, tmp_path):
+    for seed, opt in ((0, "Müller"), (1, "Müller"), (0, "WA")):
+        add(f"{opt.encode().hex()}{seed}", [40, 50 + seed], opt=opt, seed=seed,
+            topology="ring" if opt == "WA" else "star")
+    done = in_ascii("utils.report", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    assert rb"| M\xfcller | -        | 50.50 +- 0.71 (2) |" in done.stdout.replace(b"  |", b" |"), done.stdout.decode()
+
+
+@pytest.mark.parametrize("script", ["train", "main", "base_lines", "utils.sweep", "utils.report", "utils.plots",
+                                    "utils.collect", "merging.permutation"])
+def test_help_can_be_printed_in_ascii(script, monkeypatch):
+    """In this process: importing torch eight times takes too long."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    module = importlib.import_module("utils.run_plots" if script == "utils.plots" else script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    out.flush()
+    assert stop.value.code == 0 and b"--help" in out.buffer.getvalue()
+
+
+def test_what_is_no_text_is_printed_as_it_came(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    print_anywhere()
+    print("é\udce9 \ud800", flush=True)
+    assert out.buffer.getvalue() == b"\xc3\xa9\xe9 \\ud800\n"
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"merg_itr": "two"}, "config.yaml says merg_itr: 'two'"),
+    ({"merg_itr": True}, "config.yaml says merg_itr: True"),
+    ({"merg_itr": -1}, "config.yaml says merg_itr: -1"),
+    ({"num_models": 10**30}, "config.yaml says num_models: 1000"),
+    ({"seed": 10**30}, "config.yaml says seed: 1000"),
+    ({"epochs": "2"}, "config.yaml says epochs: '2'"),
+    ({"num_epochs": [1]}, "config.yaml says num_epochs: [1]"),
+    ({"data_dist": "dirichlet", "alpha": "much"}, "config.yaml says alpha: 'much'"),
+])
+def test_options_of_the_wrong_type_are_named(add, report, options, reason):
+    folder = add("a", [40, 50], **options)
+    add("b", [40, 60])
+    assert report()[2].startswith(f"note: skipped {folder}: {reason}")
+
+
+@pytest.mark.parametrize("key", ["merg_itr", "topology", "seed"])
+def test_an_option_that_is_missing_is_named(add, report, key):
+    folder = add("a", [40, 50])
+    config = {name: value for name, value in MERGE.items() if name != key}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    add("b", [40, 60])
+    assert report()[2] == f"note: skipped {folder}: config.yaml has no {key}\n"
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda text: "\n".join(",".join(line.split(",")[:2] + line.split(",")[3:]) for line in text.splitlines()),
+     "metrics.csv has no column agent"),
+    (lambda text: text + "1,merged," + "0" * 140_000, "metrics.csv can't be read: field larger than"),
+    (lambda text: text + f"{10**30},merged,0,50,,1", "not of a run: 1000"),
+    (lambda text: text.replace("53", ""), "not of a run: 1,merged"),
+])
+def test_tables_of_other_kinds_are_named(add, report, change, reason):
+    folder = add("a", [53, 53])
+    metrics = folder / "metrics.csv"
+    metrics.write_text(change(metrics.read_text().replace("50,", "53,")))
+    add("b", [40, 60])
+    assert reason in report()[2]
+
+
+def test_options_of_other_kinds_do_no_harm(add, report):
+    odd = {"ckp": 5, "imgntdir": 7, "partition_seed": "x", "bn_reset": [1], "lr": {"a": 1}, "training": "maybe",
+           "eval_bn": None, "match_samples": 10**400, "wire": "\ud800"}
+    for n, (key, value) in enumerate(odd.items()):
+        add(str(n), [40, 50], seed=n, randominit=False, **{key: value})
+    assert len(report()[0]) > 2
+    assert len(report("--only", "match_samples=0")[0]) > 1
+
+
+def test_names_keep_to_their_line(add, report):
+    add("a", [40, 50], opt="two\nlines\x1b[31m")
+    assert report()[0][1] == [r"two\nlines\x1b[31m", "50.00 (1)"]

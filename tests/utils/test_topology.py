@@ -59,7 +59,7 @@ def test_a_graph_that_changes_brings_agents_together_by_its_eigenvalue(name):
         x = topology.weights(step) @ x
     assert (apart[48] / apart[8]) ** (1 / 40) == pytest.approx(topology.second_eigenvalue, rel=0.15)
     assert make_topology("one_peer_exponential", 8).second_eigenvalue < 1e-3  # all agree after a round
-    assert make_topology("random_matching", 8).second_eigenvalue == pytest.approx(0.66, abs=0.05)
+    assert make_topology("random_matching", 8).second_eigenvalue == pytest.approx((3 / 7) ** 0.5)
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -77,7 +77,17 @@ def test_every_topology_is_sound_for_every_number_of_agents(name):
 def test_bipartite_around_the_end_of_the_floor_rule(num_agents):
     topology = make_topology("bipartite", num_agents)
     assert_sound(topology, num_agents)
-    assert topology.pi[0, -1] == pytest.approx(0.01 if num_agents <= 101 else 1 / (num_agents - 1))
+    weight = 0.01 if num_agents <= 101 else 1 / (num_agents - 1)
+    assert topology.pi[0, -1] == pytest.approx(weight)
+    assert topology.second_eigenvalue == pytest.approx(1 - 2 * weight)  # two spokes that differ, all others alike
+
+
+def test_edges_that_weigh_nothing_are_refused(tmp_path):
+    """As floor(100 / (N - 1)) / 100 gives them to 102 agents."""
+    content = json.loads(make_topology("bipartite", 102).to_json()) | {"pi": np.eye(102).tolist()}
+    (tmp_path / "bipartite.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"pi\[0\]\[100\] is 0, but connectivity has this edge"):
+        make_topology(tmp_path / "bipartite.json", 102)
 
 
 def test_bipartite_weights_are_the_papers():
@@ -127,6 +137,16 @@ def test_random_matching_is_a_matching_in_every_step(num_agents):
         partners = ((pi > 0) & topology.connectivity).sum(axis=1)
         assert partners.max(initial=0) <= 1 and (partners == 0).sum() == num_agents % 2
         assert set(pi.ravel()) <= {0.0, 0.5, 1.0}  # so that the paired weigh 1/2 and who sits out 1
+
+
+@pytest.mark.parametrize("num_agents", [2, 3, 4, 5, 10, 101])
+def test_the_eigenvalue_of_random_matchings_is_known_exactly(num_agents):
+    exact = np.sqrt(1 - (num_agents / 2) / (num_agents - 1 + num_agents % 2))
+    topology = make_topology("random_matching", num_agents, seed=1)
+    assert topology.second_eigenvalue == pytest.approx(exact, abs=1e-7)
+    if 2 < num_agents < 101:  # for those whose mean square isn't known it is estimated, somewhat high
+        estimate = dataclasses.replace(topology, groups=False).second_eigenvalue
+        assert exact < estimate < 1.1 * exact
 
 
 @pytest.mark.parametrize("num_agents", [1, 2, 3, 4, 5, 8])

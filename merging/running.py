@@ -1,0 +1,120 @@
+"""Running somebody's network: on a copy of one's own, with other tensors in it, in a higher precision than it asks for.
+
+What the network's code raises becomes a ValueError here, with one sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from merging.tracing import UnsupportedOperation
+
+_EXTRA_STATE = "_extra_state"
+
+
+class DoesNotRun(ValueError):
+    """The network's own code fails, on these inputs, in this precision or on this device."""
+
+
+class _Detaching(TorchFunctionMode):
+    """`copy.deepcopy` refuses tensors with a history of gradients; within it, it copies their values."""
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None):
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return copy.deepcopy(tensor.detach(), memo)
+        return func(*args, **(kwargs or {}))
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that shares no tensor with `model`, which may come right from a training step.
+
+    It may hold tensors with a history of gradients: features that it keeps, weights that weight_norm or prune computed.
+    Raises ValueError where it holds something that can't be copied (a lock, an open file).
+    """
+    try:
+        with _Detaching():
+            return copy.deepcopy(model).eval()
+    except Exception as error:  # __deepcopy__ of whatever the model holds
+        raise ValueError(f"{type(model).__name__} can't be copied: {_reason(error)}; keep in it only what "
+                         "copy.deepcopy can copy") from error
+
+
+def run(model: nn.Module, *inputs: Any, within: AbstractContextManager | None = None, what: str = "images") -> Any:
+    """The model's outputs, computed `within` a context, from floating inputs in a precision of its own.
+
+    Raises DoesNotRun where the model's code raises anything but UnsupportedOperation; `what` the inputs are, for that.
+    """
+    inputs = tuple(x.to(dtype_of(model, x)) if isinstance(x, Tensor) else x for x in inputs)
+    try:
+        with within or nullcontext():
+            return model(*inputs)
+    except UnsupportedOperation:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        raise DoesNotRun(f"{type(model).__name__} fails on {what} of shape {shapes}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def dtype_of(model: nn.Module, x: Tensor) -> torch.dtype:
+    """What to hand x to the model in: floating numbers in a precision that the model has, others as they are."""
+    own = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    return own[0] if own and x.is_floating_point() and x.dtype not in own else x.dtype
+
+
+def is_mixed(name: str, value: Any) -> bool:
+    """Whether a state dict's entry is a tensor that agents may mix, and not a module's extra state of any kind."""
+    return isinstance(value, Tensor) and name.rpartition(".")[2] != _EXTRA_STATE
+
+
+class Slots:
+    """A model's places for tensors, which those of a state dict can be put in, uncopied where the precision is right.
+
+    However many modules share them (functional_call leaves a module that has two names with tensors of the last call).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.own = model, model.state_dict(keep_vars=True)
+
+    def put(self, state: Mapping[str, Any]) -> None:
+        for name, own in self.own.items():
+            if is_mixed(name, own):
+                own.data = state[name].detach().to(own.dtype)
+            elif name.rpartition(".")[2] == _EXTRA_STATE:
+                self.model.get_submodule(name.rpartition(".")[0]).set_extra_state(copy.deepcopy(state[name]))
+
+
+_WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+         torch.complex32: torch.complex128, torch.complex64: torch.complex128}
+_NARROWING = ("float", "half", "bfloat16")
+
+
+def _wide(leaf: Any) -> Any:
+    if isinstance(leaf, torch.dtype):
+        return _WIDE.get(leaf, leaf)
+    return leaf.to(_WIDE[leaf.dtype]) if isinstance(leaf, Tensor) and leaf.dtype in _WIDE else leaf
+
+
+class DoublePrecision(TorchFunctionMode):
+    """Within it a network in float64 stays there, whatever precision it asks for: constants that its forward pass makes
+    in float32, norms that are computed in float32 and cast back."""
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None):
+        name = getattr(func, "__name__", "")
+        if name in _NARROWING and isinstance(args[0], Tensor):
+            func = Tensor.double
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
+        first = args[:1] if in_place else tree_map(_wide, args[:1])
+        return tree_map(_wide, func(*first, *tree_map(_wide, args[1:]), **tree_map(_wide, kwargs or {})))
