@@ -30,13 +30,14 @@ TRAIN = ["train", *TINY, "--width_multiplier=1", "--epochs=2"]
 MERGE = ["main", *TINY, "--ckp=checkpoint", "--merg_itr=1", "--match_samples=20", "--workers=1"]
 ALONE = [*MERGE[:-1], "--opt=DIMAT", "--match_data=local", "--exchange=folder:exchange", "--timeout=0"]
 
-# What is read -> the files, and the command that reads them. Its kind is told by the file's name.
+# What is read -> patterns of its files, and the command that reads them.
 READ = {
-    "checkpoint": ("checkpoint/*", [*MERGE, "--opt=WA", "--results_dir=other"]),
+    "checkpoint": ("checkpoint/config.yaml checkpoint/*.pth", [*MERGE, "--opt=WA", "--results_dir=other"]),
     "stopped training": ("stopped/**/*.*", [*TRAIN, "--save_folder=stopped"]),
-    "run to continue": ("results/**/*.*", [*MERGE, "--opt=DIMAT", "--merg_itr=2", "--resume"]),
-    "run to report": ("results/**/[mc]*.*", ["utils.report", "results"]),
-    "run to draw": ("results/**/*.*", ["utils.run_plots", "results", "--out=pictures"]),
+    "run to continue": ("results/**/state.pt results/**/config.yaml results/**/m*.csv",
+                        [*MERGE, "--opt=DIMAT", "--merg_itr=2", "--resume"]),
+    "run to report": ("results/**/metrics.csv results/**/config.yaml", ["utils.report", "results"]),
+    "run to draw": ("results/**/*.csv results/**/config.yaml", ["utils.run_plots", "results", "--out=pictures"]),
     "agents to collect": ("alone/**/agent_1/**/*.*", ["utils.collect", "alone/run"]),
     "neighbour": ("exchange/*/agent_1/*.pt", [*ALONE, "--results_dir=alone_again", "--agent=0"]),
     "sweep": ("a_sweep.yaml", ["utils.sweep", "a_sweep.yaml", "--dry_run"]),
@@ -119,7 +120,8 @@ def _draw_images(root: Path) -> None:
 
 
 def files_of(what: str, here: Path) -> list[Path]:
-    return sorted(file for file in here.glob(READ[what][0]) if file.is_file() and file.name != ".lock")
+    patterns = READ[what][0].split()
+    return sorted(file for pattern in patterns for file in here.glob(pattern) if file.is_file())
 
 
 def outcome(here: Path) -> dict[str, str]:
