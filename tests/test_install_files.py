@@ -110,15 +110,18 @@ def test_ci_fails_with_any_of_its_parts_and_sums_each_up(tmp_path, failing, stat
         assert result.stdout.splitlines()[-2:] == ["make test: 5 passed in 2 s", "make test-long: 5 passed in 2 s"]
 
 
-def test_the_long_tests_are_run_by_their_own_command_alone():
-    def counted(*marks: str) -> int:
-        listed = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "tests/fuzz", *marks], cwd=ROOT,
-                                capture_output=True, text=True)
-        return listed.stdout.count("::")
+def test_the_long_tests_are_run_by_their_own_command_alone(tmp_path):
+    (tmp_path / "test_two.py").write_text("import pytest\n\ndef test_quick(): pass\n\n"
+                                          "@pytest.mark.long\ndef test_long(): pass\n")
 
-    quick, long = counted(), counted("-m", "long")
-    assert quick and long and counted("-m", "") == quick + long
+    def run_by(*marks: str) -> list[str]:
+        listed = subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--collect-only", *marks,
+                                 "--rootdir", tmp_path, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        return re.findall(r"::(\w+)", listed.stdout)
+
+    assert run_by() == ["test_quick"]
     assert make("-n", "test-long").stdout.rstrip().endswith("-m long")
+    assert run_by("-m", "long") == ["test_long"]
 
 
 EXTENSION_IMPORTS = """
