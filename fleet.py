@@ -13,15 +13,15 @@ import torch
 from data.batches import Batches
 from data.datasets import some_images
 from merging import METHODS, match_stats, merge, outgoing
-from merging.averaging import State
-from merging.batch_norm import reestimate
+from merging.averaging import State, least_distance
+from merging.batch_norm import images_of, reestimate
 from merging.common_basis import CommonBasis, Turns, align, universe
-from merging.permutation import PermutationSpec, derive_spec, permute
+from merging.permutation import FeatureReader, PermutationSpec, derive_spec, permute
 from train import LocalTrainer, new_model
 from utils import training
 from utils.distributed import Network, taken
 from utils.faults import Faults, surviving, without
-from utils.progress import progress
+from utils.progress import progress, say
 from utils.runs import ALONE
 from utils.seeds import generator
 from utils.topology import Topology
@@ -102,9 +102,12 @@ class Fleet:
             merged = merge([models.get(i) for i in range(o.num_models)], weights, method=o.opt,
                            model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
                            match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
-                           agents=merging, **data)
+                           agents=merging, robust=o.robust, **data)
         except ValueError as error:
-            raise ValueError(f"iteration {iteration}: {error}") from error
+            if not network.may_miss:
+                raise ValueError(f"iteration {iteration}: {error}") from error
+            say(f"warning: agent {network.agents[0]}, iteration {iteration}: {error}: it goes on without this merge")
+            return dict.fromkeys(self.states, "")
         self.states |= {i: merged[i] for i in merging}
         names = {j: f"{j}@{network.old[j]}" if j in network.old else str(j) for j in models}
         return {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist()) for i in self.states}
@@ -136,15 +139,45 @@ class Fleet:
                     lent[i] = self.align(i, lent[i], references, models, weights, images[i], stats)
                     self.states[i], self.orders[i] = lent[i], order
             network.labels |= self.orders
-            models |= network.share(iteration, {i: lent[i] for i in lent if i in wave},
+            arrived = network.share(iteration, {i: lent[i] for i in lent if i in wave},
                                     np.where(np.isin(everybody, wave), weights, 0), o.wire,
                                     like=self.trainer.model.state_dict(), turn=turn)
+            models |= self.plausible(iteration, arrived, lent, images) if network.may_miss else arrived
         if at_once:
             return self.align_at_once(models, turns.roots[0], images, stats)
         if network.may_miss and METHODS[o.opt].aligned:
             for i in images:
                 models = self.in_own_order(i, models, weights, images[i], stats)
         return models
+
+    def plausible(self, iteration: int, models: dict[int, State], lent: dict[int, State],
+                  images: dict[int, Batches]) -> dict[int, State]:
+        """The models that have come to an agent on its own, without those that it can't or shan't merge."""
+        for i, own in lent.items():
+            flaws = {j: self.flaw(own, models[j], images[i]) for j in sorted(models) if j != i}
+            for j in filter(flaws.get, flaws):
+                say(f"warning: agent {i}, iteration {iteration}: agent {j}'s model {flaws[j]}: merging without it")
+            models = {j: state for j, state in models.items() if not flaws.get(j)}
+        return models
+
+    def flaw(self, own: State, other: State, images: Batches) -> str:
+        most, names = self.o.max_distance, [name for name, _ in self.trainer.model.named_parameters()]
+        if most and not (apart := least_distance(own, other, names)) <= most:
+            return f"is {apart:.3g} times the norm of its own away (--max_distance {most:g})"
+        if self.reads_features and not self.has_finite_features(other, images):
+            return "makes activations that are not finite"
+        return ""
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether models are compared by their activations."""
+        return METHODS[self.o.opt].reads_images or METHODS[self.o.opt].aligned
+
+    def has_finite_features(self, state: State, images: Batches) -> bool:
+        """Whether what matching reads of a model on the first batch has finite squares."""
+        first = next(images_of(images, self.trainer.device, "a look at the models"))
+        reads = FeatureReader(self.trainer.model, self.spec, self.o.match_at, self.trainer.device)(state, first)
+        return all(bool(read.float().square().sum().isfinite()) for group in reads.values() for read in group)
 
     def in_own_order(self, i: int, models: dict[int, State], weights: np.ndarray, images: Batches,
                      stats: list[dict]) -> dict[int, State]:

@@ -35,8 +35,8 @@ from utils import training
 from utils.checkpoint import check_state, digest, digest_of_all
 from utils.collect import collect
 from utils.distributed import BACKENDS, Network, connect, is_launched, leave, local_device, rank
-from utils.exchange import SharedFolder, forget
-from utils.files import circumstances, claim, clear
+from utils.exchange import SharedFolder, forget, read_key
+from utils.files import REFERENCE, circumstances, claim, clear
 from utils.memory import keep_freed_memory
 from utils.options import main_parser, parse_once, pick_device
 from utils.progress import progress
@@ -120,6 +120,8 @@ def options_that_matter(o: Namespace, made_with: dict) -> dict:
         "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
         "wire": o.wire if merges else None,
         "link_failure": o.link_failure if merges else None,
+        "robust": o.robust if merges else None,
+        "max_distance": o.max_distance if merges and (o.agent is not None or o.processes) else None,
         "exchanged_by": None if o.agent is None and not o.processes else "folder",
     } | start_that_matters(o, made_with)
 
@@ -142,10 +144,17 @@ def is_finished(o: Namespace) -> bool:
 def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
     settle_alignment(o, topology)
+    settle_averaging(o)
     if not topology.is_doubly_stochastic:
         raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
                          "what they take to add up to one model")
     return topology
+
+
+def settle_averaging(o: Namespace) -> None:
+    if o.robust != "none" and o.bn_reset == "repair":
+        raise ValueError("--bn_reset repair takes statistics of every model, hostile ones too: leave it out with "
+                         f"--robust {o.robust}")
 
 
 def settle_alignment(o: Namespace, topology: Topology) -> None:
@@ -195,7 +204,8 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
                   if fleet.topology.connectivity[i, j] or fleet.topology.connectivity[j, i]]
     begun = (path / "metrics.csv").exists()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(network.meet(name, neighbours, o.merg_itr, fresh=not begun, overwrite=o.overwrite))
+        stack.enter_context(network.meet(name, neighbours, o.merg_itr, fleet.trainer.model.state_dict(), o.wire,
+                                         fresh=not begun, overwrite=o.overwrite))
         folder = network.together(open_folder)
         stack.enter_context(folder or contextlib.nullcontext())
         if folder:
@@ -260,8 +270,9 @@ def settle_processes(o: Namespace) -> None:
     if o.processes and o.processes != o.num_models:
         raise ValueError(f"--processes {o.processes}: every agent is a process of its own, so give {o.num_models}, or "
                          "another --num_models; --workers deals agents out to fewer processes")
-    for option in ("exchange", "staleness"):
-        if getattr(o, option) and not (alone or o.processes):
+    for option, usual in {"exchange": None, "exchange_key": None, "staleness": 0,
+                          "max_distance": REFERENCE["max_distance"]}.items():
+        if getattr(o, option) != usual and not (alone or o.processes):
             raise ValueError(f"--{option} is for agents on their own: give --agent or --processes as well")
     o.resume = o.resume or (alone and not o.overwrite)  # an agent comes back by the same command
 
@@ -322,10 +333,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def run_here() -> Path:
         settle_processes(o)
+        key = read_key(Path(o.exchange_key)) if o.exchange_key else None
         if o.processes:
             return run_agents(o, argv)
         if o.agent is not None:
-            network = SharedFolder(o.agent, Path(o.exchange), o.timeout, o.staleness)
+            network = SharedFolder(o.agent, Path(o.exchange), o.timeout, o.staleness, key)
             return run(o, network, pick_device(o.device), command)
         if workers == 1:
             return run_in_group()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from merging.activation_matching import PRIORS, Edge, match_activations
-from merging.averaging import State, weighted_average
+from merging.averaging import ROBUST, State, robust_average, weighted_average
 from merging.batch_norm import Batches, device_of, images_in, reestimate, tracked_norms
 from merging.common_basis import between, universe
 from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
@@ -120,6 +120,7 @@ def merge(
     match_memory: int | None = None,
     stats: list[dict[str, Any]] | None = None,
     agents: Collection[int] | None = None,
+    robust: str = "none",
 ) -> list[State | None]:
     """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).
 
@@ -127,8 +128,8 @@ def merge(
 
     - An agent whose row is a unit vector gets that one model as it is, BatchNorm included, without any pass.
     - Rows that are all the same (fully connected) with shared `batches`: one merge, in agent 0's order of units, serves
-      all; the same dict object is returned N times. The paper's approximation: else every agent would match anew (as
-      they do where their tensors differ in precision).
+      all; the same dict object is returned N times. The paper's approximation: else every agent would match anew, as
+      it does where tensors differ in precision, and with `robust`, where nobody relies on agent 0.
     - With `local_batches` agent i matches its neighbours' models to its own on its own images and re-estimates its
       merged model on them; nobody else's are read for it.
     - Images go through a copy of the model in the model's own precision; merged tensors have that of the agent's own.
@@ -156,13 +157,15 @@ def merge(
             neighbour's units that change their place)}.
         agents: whose merged models to compute (None: everybody's). The list that comes back has None for the others,
             and so may `models_or_states` for those whose models these agents don't take.
+        robust: "none", or "clip", "trimmed" or "median" in place of the sum, which some hostile models of several can't
+            move far (see `robust_average`).
 
     Raises:
         ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
             models of different architectures, on different devices, with tensors that are sparse, quantised or without
             values, or with NaN or infinite values (agent and tensor are named); an unknown option; images that are
             needed and missing, can be read only once or are not found in a batch; a model whose forward pass fails on
-            them, or that `derive_spec` refuses.
+            them, or that `derive_spec` refuses; `robust` with `rescale`, which takes statistics of every model.
     """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}: choose from {', '.join(METHODS)}")
@@ -172,6 +175,10 @@ def merge(
         raise ValueError(f"unknown match_at {match_at!r}: choose from {', '.join(MATCH_AT)}")
     if match_prior not in PRIORS:
         raise ValueError(f"unknown match_prior {match_prior!r}: choose from {', '.join(PRIORS)}")
+    if robust not in ROBUST:
+        raise ValueError(f"unknown robust {robust!r}: choose from {', '.join(ROBUST)}")
+    if rescale and robust != "none":
+        raise ValueError(f"rescale takes statistics of every model, hostile ones too: leave it out with {robust=}")
     way = METHODS[method]
     model, states = _model_and_states(models_or_states, model)
     weights = _mixing_matrix(weights, len(states))
@@ -181,7 +188,7 @@ def merge(
         raise ValueError(f"agents={list(wanted)}: there are agents 0 to {len(states) - 1}")
     mixing = [i for i in wanted if np.count_nonzero(weights[i]) > 1]
     precisions = {tuple(value.dtype for value in _mixed(state).values()) for state in states if state is not None}
-    once = bool(mixing) and local_batches is None and all_alike(weights) and len(precisions) == 1
+    once = bool(mixing) and local_batches is None and all_alike(weights) and len(precisions) == 1 and robust == "none"
     bases = [0] if once else mixing
     sources = {i: np.flatnonzero(weights[i]).tolist() for i in bases}
     involved = sorted({agent for i in bases for agent in (i, *sources[i])})
@@ -231,7 +238,13 @@ def merge(
         ]
         # Integer buffers come from agent i even where w_ii is 0, as in a bipartite graph of three.
         shares = weights[i, sources[i]].tolist()
-        merged[i] = senders[i] | weighted_average([_mixed(state) for state in (senders[i], *moved)], [0, *shares])
+        own, *others = (_mixed(state) for state in (senders[i], *moved))
+        if robust == "none":
+            average = weighted_average([own, *others], [0, *shares])
+        else:
+            neighbours = [k for k, j in enumerate(sources[i]) if j != i]
+            average = robust_average(own, [others[k] for k in neighbours], [shares[k] for k in neighbours], robust)
+        merged[i] = senders[i] | average
         if rescale:
             merged[i] = repair(model, merged[i], moved, shares, images[i])
         if resets:

@@ -46,8 +46,8 @@ def collect(path: Path) -> Path:
     _join_tables(path, parts, "merge_stats.csv", lambda row: (int(row["iteration"]), int(row["agent"])))
     for name in {file.name for part in parts.values() for file in part.glob("accuracy_matrix/*.csv")}:
         _join_tables(path, parts, f"accuracy_matrix/{name}", lambda row: int(row["agent"]))
-    for part in parts.values():
-        for model in part.glob("*/model_*.pth"):
+    for i, part in parts.items():
+        for model in part.glob(f"*/model_{i}.pth"):  # nobody leaves another agent's
             save_tensors(path / model.relative_to(part), load_tensors(model))
     digests = {i: config["first_models"] for i, config in configs.items()}
     save_yaml(path / "config.yaml", first | {"agent": None, "first_models": digest_of_all(digests)})

@@ -89,7 +89,7 @@ class Network:
         """
         raise NotImplementedError
 
-    def meet(self, run: str, neighbours: Collection[int], last: int, fresh: bool,
+    def meet(self, run: str, neighbours: Collection[int], last: int, like: State, wire: str, fresh: bool,
              overwrite: bool) -> AbstractContextManager:
         """Take the agents' place in the run that `run` describes, where that is not a matter of who was started."""
         return contextlib.nullcontext()

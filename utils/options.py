@@ -283,6 +283,10 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--bn_reset", choices=["none", "after", "both", "repair"], default="both",
                    help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well; "
                         "repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)")
+    g.add_argument("--robust", choices=["none", "clip", "trimmed", "median"], default="none",
+                   help="average so that some hostile models of several can't move the result far: clip what a "
+                        "neighbour's model differs by from one's own (self-centred clipping), or take each "
+                        "coordinate's trimmed mean or median; all N merge for themselves then, also fully_connected")
     g = p.add_argument_group("processes")
     g.add_argument("--workers", type=number(int, 1), default=None, metavar="N",
                    help="deal the agents out to N processes, which share this machine's threads; the data set and "
@@ -295,6 +299,13 @@ def main_parser(datasets: Iterable[str], models: Iterable[str], partitions: Iter
     g.add_argument("--exchange", type=exchange, default=None, metavar="folder:PATH",
                    help="where agents on their own leave their models for their neighbours: a folder that all of them "
                         "see (default with --processes: in the run folder)")
+    g.add_argument("--exchange_key", type=path, default=None, metavar="FILE",
+                   help="a secret that all agents on their own share, 16 bytes or more: models are signed with it, and "
+                        "others are refused. Without it nobody publishes as one of the agents; who has it can as any")
+    g.add_argument("--max_distance", type=number(float, 0), default=10.0, metavar="D",
+                   help="agents on their own: leave out a neighbour's model whose parameters, in whatever order of "
+                        "units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20, digits: "
+                        "neighbours 0.03, an untrained from a trained model 0.45, one with its signs flipped 1.7)")
     g.add_argument("--staleness", type=number(int, 0), default=0, metavar="K",
                    help="agents on their own: use the last model of a neighbour that isn't there, if it is at most K "
                         "iterations old")

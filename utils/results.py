@@ -49,7 +49,7 @@ STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int],
 # May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
 FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
         "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
-        "local_rank", "processes", "launch", "tensorboard", "workers", "exchange"}
+        "local_rank", "processes", "launch", "tensorboard", "workers", "exchange", "exchange_key"}
 
 
 def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:

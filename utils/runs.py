@@ -176,7 +176,8 @@ def without_say(o: Mapping[str, Any]) -> set[str]:
         return idle | ({"bn_samples"} if o["eval_bn"] == "running" else set())
     merges, matches = o["opt"] != ALONE, o["opt"] not in PLAIN
     idle |= set() if o.get("training") else set(LOCAL_TRAINING)
-    idle |= set() if merges else {"match_data", "wire", "link_failure"}
+    idle |= set() if merges else {"match_data", "wire", "link_failure", "robust"}
+    idle |= set() if merges and o.get("exchanged_by") else {"max_distance"}
     idle |= set() if matches else {"match_at"}
     idle |= set() if matches or o["bn_reset"] != "none" else set(MATCHING)
     idle |= set() if o["opt"] in ("DIMAT", "COMMON") else {"match_prior"}

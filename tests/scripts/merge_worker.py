@@ -23,6 +23,7 @@ CASES = {
     "DIMAT ring all": ["--opt=DIMAT", "--exp=2"],
     "DIMAT ring local": ["--opt=DIMAT", "--exp=2", "--match_data=local"],
     "DIMAT fully connected all": ["--opt=DIMAT", "--exp=1", "--wire=int8", "--match_samples=100"],
+    "DIMAT fully connected robust": ["--opt=DIMAT", "--exp=1", "--robust=clip", "--match_samples=100"],
     "WM bipartite all": ["--opt=WM", "--exp=3", "--wire=bf16"],
     "WM matching local": ["--opt=WM", "--topology=random_matching", "--match_data=local"],
     "WA one-way local": ["--opt=WA", "--topology=one_peer_exponential", "--match_data=local", "--wire=fp16"],

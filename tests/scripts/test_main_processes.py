@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import re
 import signal
@@ -32,7 +33,6 @@ from tests.helpers import (
 )
 from tests.scripts.merge_worker import AGENTS, CASES, arguments, results_dir
 from utils import distributed
-from utils.files import load_tensors
 from utils.wire import wire_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
@@ -316,7 +316,7 @@ def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterr
 def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path):
     agents = {i: agent(i, tmp_path, "--timeout=6", "--merg_itr=6") for i in range(3)}
     try:
-        wait_for_file("meeting/*/agent_2/iteration_000002.pt", tmp_path)  # a model is published before the merge
+        wait_for_file("meeting/*/agent_2/iteration_000002.model", tmp_path)  # a model is published before the merge
         agents[2].kill()
         agents[2].wait()
         assert [agents[i].wait(timeout=120) for i in (0, 1)] == [0, 0]
@@ -397,7 +397,8 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
             script("main", *flags, f"--agent={i}", f"--merg_itr={iterations}", cwd=tmp_path)
 
     def lend(iteration):
-        return load_tensors(next(tmp_path.glob(f"meeting/*/agent_2/iteration_{iteration:06d}.pt")))["label"]
+        with open(next(tmp_path.glob(f"meeting/*/agent_2/iteration_{iteration:06d}.model")), "rb") as file:
+            return json.loads(file.readline())["label"]
 
     with monkeypatch.context() as dies:
         others(1)
@@ -421,7 +422,9 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
     (["--agent=3", "--exchange=folder:x"], "0 to 2"), (["--agent=1"], "--exchange"), (["--processes=2"], "give 3"),
     (["--staleness=2"], "--agent or --processes"), (["--agent=0", "--exchange=folder:x", "--workers=2"], "--workers"),
     (["--agent=0", "--exchange=tcp:x"], "folder:PATH"), (["--exchange=folder:x"], "--agent or --processes"),
-    (["--topology=directed.json"], "don't sum to 1")])
+    (["--max_distance=3"], "--agent or --processes"), (["--exchange_key=x"], "--agent or --processes"),
+    (["--processes=3", "--exchange_key=no_such_key"], "no_such_key"),
+    (["--robust=clip", "--bn_reset=repair"], "--robust clip"), (["--topology=directed.json"], "don't sum to 1")])
 def test_contradictions_are_named_before_work(tmp_path, flags, word):
     (tmp_path / "directed.json").write_text(
         '{"directed": true, "connectivity": [[0, 0, 0], [1, 0, 0], [1, 1, 0]]}')

@@ -1,5 +1,8 @@
 """Agents that meet in a folder only, here as objects of one process."""
 
+import hashlib
+import json
+import os
 import threading
 import time
 
@@ -7,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from utils.exchange import SharedFolder, forget, run_name
-from utils.files import save_tensors
+import fleet
+from models import build_model
+from tests.helpers import TINY, rows_of, script
+from utils.exchange import HEADER, SharedFolder, forget, read_key, run_name
 from utils.topology import make_topology
+from utils.wire import pack, unpack
 
 RING = make_topology("ring", 3).pi
 LIKE = {"w": torch.zeros(4, 5), "count": torch.tensor(0)}
@@ -19,9 +25,10 @@ def model(i, iteration=0):
     return {"w": torch.full((4, 5), float(10 * iteration + i)), "count": torch.tensor(iteration)}
 
 
-def joined(agent, folder, timeout=0.0, staleness=0, run="run", fresh=False, overwrite=False):
-    network = SharedFolder(agent, folder, timeout, staleness)
-    network.place = network.meet(run, [j for j in range(3) if j != agent], 99, fresh, overwrite)
+def joined(agent, folder, timeout=0.0, staleness=0, run="run", fresh=False, overwrite=False, key=None, agents=3,
+           like=LIKE, wire="fp32", last=99):
+    network = SharedFolder(agent, folder, timeout, staleness, key)
+    network.place = network.meet(run, [j for j in range(agents) if j != agent], last, like, wire, fresh, overwrite)
     return network
 
 
@@ -35,7 +42,7 @@ def values(models):
 
 
 def file_of(folder, agent, iteration, run="run"):
-    return folder / run_name(run) / f"agent_{agent}" / f"iteration_{iteration:06d}.pt"
+    return folder / run_name(run) / f"agent_{agent}" / f"iteration_{iteration:06d}.model"
 
 
 def test_agents_wait_for_each_other(tmp_path):
@@ -109,40 +116,17 @@ def test_who_was_away_goes_on_where_the_others_are(tmp_path):
     assert two.turn(2, lambda t: RING) == 2 and two.turn(3, lambda t: RING) == 3
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda file, content: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    lambda file, content: file.write_bytes(b"not of us"),
-    lambda file, content: file.write_bytes(b""),
-    lambda file, content: save_tensors(file, torch.zeros(3)),
-    lambda file, content: save_tensors(file, {"model": torch.zeros(3)}),
-    lambda file, content: save_tensors(file, content | {"run": "another"}),
-    lambda file, content: save_tensors(file, content | {"agent": 2}),
-    lambda file, content: save_tensors(file, content | {"iteration": 7}),
-    lambda file, content: save_tensors(file, content | {"model": content["model"].roll(1)}),
-    lambda file, content: save_tensors(file, content | {"model": "text"}),
-    lambda file, content: (file.unlink(), file.mkdir())])
-def test_what_is_broken_or_foreign_is_ignored_with_a_warning(tmp_path, capsys, spoil):
-    one, two = joined(0, tmp_path, timeout=0.1), joined(1, tmp_path)
-    share(two, 1)
-    file = file_of(tmp_path, 1, 1)
-    spoil(file, torch.load(file))
-    assert values(share(one, 1)) == {0: 10}
-    out = capsys.readouterr().out
-    assert out.count(f"agent 0 ignores {file}: ") == 1
-
-
-def test_a_model_of_another_shape_or_not_finite_is_ignored(tmp_path, capsys):
-    one, two, three = joined(0, tmp_path), joined(1, tmp_path), joined(2, tmp_path)
+def test_models_of_another_shape_are_ignored(tmp_path, capsys):
+    one, two = joined(0, tmp_path), joined(1, tmp_path, like={"w": torch.zeros(2)})
     two.share(1, {1: {"w": torch.zeros(2)}}, RING, "fp32", {"w": torch.zeros(2)})
-    share(three, 1, state=model(2, 1) | {"w": torch.full((4, 5), torch.nan)})
     assert values(share(one, 1)) == {0: 10}
-    out = capsys.readouterr().out
-    assert "8 bytes came" in out and "NaN" in out
+    assert f"{HEADER + 8} bytes, where a model takes {HEADER + 88}" in capsys.readouterr().out
 
 
 def test_other_files_are_no_matter(tmp_path):
     one, two = joined(0, tmp_path), joined(1, tmp_path)
-    for name in ("iteration_x.pt", "notes.txt", ".iteration_000009.pt.77.tmp", "iteration_000001.pt.bak"):
+    for name in ("iteration_x.model", "notes.txt", ".77.tmp", "iteration_000001.model.bak", "iteration_1.model",
+                 "iteration_00000\u0661.model", f"iteration_{10**40}.model", "iteration_000001.pt"):
         (tmp_path / run_name("run") / "agent_1" / name).write_text("")
     share(two, 1)
     assert values(share(one, 1)) == {0: 10, 1: 11}
@@ -165,11 +149,11 @@ def test_runs_do_not_meet_and_agents_are_once(tmp_path):
 def test_names_alone_are_not_believed(tmp_path, capsys):
     one, two = joined(0, tmp_path), joined(1, tmp_path)
     home = file_of(tmp_path, 1, 1).parent
-    (home / "iteration_005000.pt").write_bytes(b"")  # beyond the run's end
-    (home / "iteration_000009.pt").write_bytes(b"")
+    (home / "iteration_005000.model").write_bytes(b"")  # beyond the run's end
+    (home / "iteration_000009.model").write_bytes(b"")
     share(two, 1)
     assert one.turn(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10, 1: 11}
-    assert "iteration_000009.pt: " in capsys.readouterr().out
+    assert "iteration_000009.model: " in capsys.readouterr().out
     one.timeout = 0.3
     for iteration, waits in ((2, True), (3, False)):  # neither of them comes
         began = time.monotonic()
@@ -219,7 +203,7 @@ def test_everybody_merges_the_same(tmp_path, wire):
     """Its own model too has been through the wire."""
     torch.manual_seed(0)
     states = [{"w": torch.randn(4, 5), "count": torch.tensor(0)} for _ in range(3)]
-    networks = [joined(i, tmp_path, timeout=5) for i in range(3)]
+    networks = [joined(i, tmp_path, timeout=5, wire=wire) for i in range(3)]
     found = {}
 
     def live(i):
@@ -231,3 +215,385 @@ def test_everybody_merges_the_same(tmp_path, wire):
     for j in range(3):
         assert all(torch.equal(found[i][j]["w"], found[j][j]["w"]) for i in range(3))
         assert not torch.equal(found[j][j]["w"], states[j]["w"])
+
+
+# What others leave there
+
+
+def write(file, fields, body):
+    file.write_bytes((fields if isinstance(fields, bytes) else json.dumps(fields).encode()).ljust(HEADER - 1) + b"\n"
+                     + body)
+
+
+def forge(**fields):
+    """The file with other fields."""
+    return lambda file, header, body: write(file, header | fields, body)
+
+
+def header_of(text):
+    return lambda file, header, body: write(file, text, body)
+
+
+def flipped(data, bit):
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+LENGTH, STRANGE, CHECKSUM = "its length is wrong", "it is not what an agent publishes", "its checksum is "
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lambda file, header, body: os.truncate(file, HEADER), LENGTH),
+    (lambda file, header, body: os.truncate(file, 10 * 2**30), LENGTH),  # as a sparse file takes no room
+    (lambda file, header, body: file.write_bytes(b"not of us"), LENGTH),
+    (lambda file, header, body: file.write_bytes(b""), LENGTH),
+    (lambda file, header, body: write(file, header, body + b"\0"), LENGTH),
+    (lambda file, header, body: (file.unlink(), file.mkdir()), "it is no regular file"),
+    (lambda file, header, body: (file.unlink(), os.mkfifo(file)), "it is no regular file"),
+    (lambda file, header, body: (file.rename(file.with_name("sound")), file.symlink_to("sound")),
+     "it is no regular file"),
+    (lambda file, header, body: (file.unlink(), file.symlink_to("/dev/zero")), "it is no regular file"),
+    (lambda file, header, body: write(file, header, flipped(body, 77)), CHECKSUM + "wrong"),
+    (lambda file, header, body: write(file, header, body[1:] + body[:1]), CHECKSUM + "wrong"),
+    (forge(sha256="0" * 64), CHECKSUM + "wrong"), (forge(sha256=5), CHECKSUM + "none"),
+    (forge(sha256="A" * 64), CHECKSUM + "none"), (forge(sha256=["0" * 64]), CHECKSUM + "none"),
+    (forge(run="another"), "its run is another"), (forge(agent=2), "its agent is another"),
+    (forge(agent=True), "its agent is another"), (forge(iteration=7), "its iteration is another"),
+    (forge(iteration=1.0), "its iteration is another"), (forge(iteration=[1]), "its iteration is another"),
+    (forge(wire="int8"), "its wire is another"), (forge(bytes=8 * 2**30), "its bytes is another"),
+    (forge(schema=2), "its schema is another"), (forge(label="x"), "its label is none"),
+    (forge(label=True), "its label is none"), (forge(label=-2), "its label is none"),
+    (forge(label=10**30), "its label is none"), (forge(label=float("nan")), "its label is none"),
+    (forge(more=1), STRANGE), (forge(hmac="0" * 64), "it is signed"),
+    (header_of(b"[" * 511), STRANGE), (header_of(b"9" * 511), STRANGE), (header_of(b'{"a":' * 100), STRANGE),
+    (header_of(b"\xff\xfe"), STRANGE), (header_of(b"null"), STRANGE), (header_of(b"{}"), "its schema is another"),
+    (header_of(b""), STRANGE)])
+def test_what_is_broken_or_foreign_is_ignored_with_a_warning(tmp_path, capsys, spoil, reason):
+    one, two = joined(0, tmp_path, timeout=0.05), joined(1, tmp_path)
+    share(two, 1)
+    file = file_of(tmp_path, 1, 1)
+    spoil(file, json.loads(file.read_bytes()[:HEADER]), file.read_bytes()[HEADER:])
+    began = time.monotonic()
+    assert one.turn(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10}
+    assert time.monotonic() - began < 5
+    out = capsys.readouterr().out
+    assert out.count(f"agent 0 ignores {file}: {reason}") == 1 and out.count("ignores") == 1
+
+
+def test_no_bit_can_be_flipped(tmp_path):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    share(two, 1)
+    file = file_of(tmp_path, 1, 1)
+    sound = file.read_bytes()
+    for bit in range(0, 8 * len(sound), 29):
+        file.write_bytes(flipped(sound, bit))
+        assert not one._take(1, range(1, 2), 1, {}), bit
+    file.write_bytes(sound)
+    assert one._take(1, range(1, 2), 1, {})
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"w": torch.full((4, 5), torch.nan)}, "NaN or infinite values: in w"),
+    ({"w": torch.full((4, 5), -torch.inf)}, "NaN or infinite values: in w"),
+    ({"norm.running_var": torch.tensor([1.0, -1e-9])}, "norm.running_var below 0"),
+    ({"norm.num_batches_tracked": torch.tensor(-1)}, "norm.num_batches_tracked below 0")])
+def test_values_that_cannot_be_are_ignored(tmp_path, capsys, change, reason):
+    like = LIKE | {"norm.running_var": torch.ones(2), "norm.num_batches_tracked": torch.tensor(3)}
+    one, two = joined(0, tmp_path, like=like), joined(1, tmp_path, like=like)
+    for iteration, state in enumerate((like | change, like | {"norm.running_var": torch.zeros(2)}), 1):
+        share(two, iteration, state=state)
+        assert (1 in share(one, iteration, state=like)) == (iteration == 2)
+    assert reason in capsys.readouterr().out
+
+
+def test_what_was_refused_is_read_again_when_it_changes_and_a_flood_is_a_line(tmp_path, capsys, monkeypatch):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    reads = []
+    monkeypatch.setattr(SharedFolder, "_read", lambda *args, read=SharedFolder._read: reads.append(1) or read(*args))
+    share(two, 1)
+    file = file_of(tmp_path, 1, 1)
+    sound = file.read_bytes()
+    file.write_bytes(flipped(sound, 8 * HEADER))
+    for _ in range(5):
+        assert not one._take(1, range(1, 99), 1, {})
+    assert len(reads) == 1
+    for k in range(100):
+        file.write_bytes(flipped(sound, 8 * HEADER + k))
+        one._take(1, range(1, 99), 1, {})
+    assert capsys.readouterr().out.count("ignores") == 1
+    one.complaints = {key: (said - 100, more) for key, (said, more) in one.complaints.items()}  # a while later
+    file.write_bytes(sound[:-1])
+    file.write_bytes(flipped(sound, 8 * HEADER))
+    assert not one._take(1, range(1, 99), 1, {})
+    assert "its checksum is wrong (100 more like this before)" in capsys.readouterr().out
+    file.unlink()
+    file.write_bytes(sound)
+    assert one._take(1, range(1, 99), 1, {})
+
+
+def test_of_many_damaged_files_one_is_read_at_a_time(tmp_path, monkeypatch):
+    one, two = joined(0, tmp_path), joined(1, tmp_path, staleness=9)
+    for k in range(1, 6):
+        share(two, k)
+        if k < 5:
+            file = file_of(tmp_path, 1, k)
+            file.write_bytes(flipped(file.read_bytes(), 8 * HEADER))
+    for look in range(1, 6):
+        assert one._take(1, range(1, 99), 1, {}) == (look == 5)
+
+
+def test_what_was_found_sound_is_not_read_again_to_see_where_others_are(tmp_path, monkeypatch):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    share(one, 1), share(two, 50)
+    monkeypatch.setattr(SharedFolder, "_read", lambda *args, read=SharedFolder._read: reads.append(1) or read(*args))
+    reads = []
+    for _ in range(3):
+        assert one._newest(1) == 50 and one._newest(0) == 1
+    assert len(reads) == 1
+
+
+def test_whatever_reading_raises_is_said(tmp_path, capsys, monkeypatch):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    share(two, 1)
+    for error in (MemoryError(), OSError(5, "Input/output error"), RuntimeError("of torch")):
+        def fail(*_, error=error):
+            raise error
+        monkeypatch.setattr("utils.exchange.unpack", fail)
+        assert values(share(one, 1)) == {0: 10}
+    out = capsys.readouterr().out
+    assert all(word in out for word in (": MemoryError", ": Input/output error", ": RuntimeError"))
+    monkeypatch.undo()
+    assert values(share(one, 1)) == {0: 10, 1: 11}  # it may have passed
+
+
+def test_a_model_under_a_new_number_is_noticed(tmp_path, capsys):
+    one, two = joined(0, tmp_path), joined(1, tmp_path)
+    for iteration in (1, 2, 3):
+        share(two, iteration, state=model(1, 1)), share(one, iteration)
+    assert capsys.readouterr().out.count("agent 1's model of iteration 2 is that of iteration 1 once more") == 1
+
+
+def test_links_are_not_followed(tmp_path, capsys):
+    """Another's folder, the own one, the run's, the lock and models: none may lead elsewhere."""
+    victim = tmp_path / "victim"
+    two = joined(1, victim)
+    share(two, 1)
+    home = tmp_path / "meeting" / run_name("run")
+    home.mkdir(parents=True)
+    (home / "agent_1").symlink_to(file_of(victim, 1, 1).parent)
+    one = joined(0, tmp_path / "meeting")
+    assert values(share(one, 1)) == {0: 10}
+    assert "agent_1 is a link, or no folder" in capsys.readouterr().out
+    there = sorted(victim.rglob("*"))
+    two.place.__exit__(None, None, None)
+    for agent in (1, 2):
+        if agent == 2:
+            (home / "agent_2").write_text("")
+        with pytest.raises(ValueError, match=f"agent_{agent} is a link, or no folder; delete it"):
+            joined(agent, tmp_path / "meeting", fresh=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / run_name("run")).symlink_to(victim / run_name("run"))
+    with pytest.raises(ValueError, match="is a link"):
+        joined(1, tmp_path / "elsewhere", fresh=True)
+    forget(tmp_path / "elsewhere", "run")
+    assert not (tmp_path / "elsewhere").exists()
+    assert sorted(victim.rglob("*")) == there
+
+
+def test_files_that_lie_in_the_own_folder_beforehand_are_not_followed(tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    home = file_of(tmp_path, 0, 1).parent
+    home.mkdir(parents=True)
+    (home / ".lock").symlink_to(precious)
+    with pytest.raises(ValueError, match="lock is a link, or no file"):
+        joined(0, tmp_path)
+    (home / ".lock").unlink()
+    file_of(tmp_path, 0, 1).symlink_to(precious)
+    file_of(tmp_path, 0, 2).symlink_to(precious)
+    one = joined(0, tmp_path)
+    share(one, 1)
+    assert not file_of(tmp_path, 0, 1).is_symlink() and file_of(tmp_path, 0, 2).is_symlink()
+    one.place.__exit__(None, None, None)
+    one = joined(0, tmp_path, fresh=True)
+    assert not file_of(tmp_path, 0, 1).exists() and not file_of(tmp_path, 0, 2).is_symlink()
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (home / ".known.tmp").symlink_to(precious)
+    with pytest.raises(OSError, match="can't publish a model in"):
+        share(one, 1)
+    assert precious.read_text() == "precious"
+
+
+def test_the_exchange_folder_itself_may_be_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    one, two = joined(0, tmp_path / "link"), joined(1, tmp_path / "real")
+    share(two, 1)
+    assert values(share(one, 1)) == {0: 10, 1: 11}
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="gives a folder away, which takes root")
+def test_another_users_folder_is_not_taken(tmp_path):
+    home = file_of(tmp_path, 0, 1).parent
+    home.mkdir(parents=True)
+    os.chown(home, 12345, -1)
+    with pytest.raises(ValueError, match="belongs to another user"):
+        joined(0, tmp_path)
+
+
+# Going on where the others are
+
+
+def test_one_neighbours_word_takes_nobody_far(tmp_path, capsys):
+    one, two = joined(0, tmp_path, last=30), joined(1, tmp_path, last=30)
+    share(one, 1)
+    done, iteration = [], 2
+    while iteration <= 30:
+        share(two, 30, state=model(1, iteration))  # sound, and another one each time
+        iteration = one.turn(iteration, lambda t: RING)
+        done.append(iteration)
+        share(one, iteration)
+        iteration += 1
+    assert len(done) == 29 - 3
+    said = capsys.readouterr().out
+    assert said.count("it says to be far ahead: in iteration 30, but too few of the other neighbours say so too") == 1
+
+
+@pytest.mark.parametrize(("agents", "liars", "far"), [(3, 2, True), (6, 1, False), (7, 2, False), (7, 3, True)])
+def test_more_than_a_third_of_the_neighbours_are_believed(tmp_path, agents, liars, far):
+    mixing = np.full((agents, agents), 1 / agents)
+    one = joined(0, tmp_path, agents=agents)
+    for j in range(1, agents):
+        network = joined(j, tmp_path, agents=agents)
+        network.share(50 if j <= liars else 1, {j: model(j)}, mixing, "fp32", LIKE)
+    assert one.turn(1, lambda t: mixing) == (50 if far else 10)
+
+
+def test_what_is_not_sound_is_not_believed_whoever_agrees(tmp_path):
+    one, two, three = (joined(i, tmp_path) for i in range(3))
+    share(two, 60), share(three, 60)
+    for j in (1, 2):
+        file = file_of(tmp_path, j, 60)
+        file.write_bytes(flipped(file.read_bytes(), 8 * HEADER))
+    assert one.turn(1, lambda t: RING) == 1
+    share(three, 59), share(two, 59)
+    assert one.turn(1, lambda t: RING) == 59
+
+
+# The key
+
+
+def test_without_the_key_nobody_is_one_of_the_agents(tmp_path, capsys):
+    key, other = b"k" * 16, b"o" * 16
+    one = joined(0, tmp_path, key=key)
+    for stranger in (other, None):
+        network = joined(1, tmp_path, key=stranger)
+        share(network, 1)
+        assert values(share(one, 1)) == {0: 10} and one.turn(1, lambda t: RING) == 1
+        assert values(share(network, 1)) == {1: 11}  # nor the other way round
+        network.place.__exit__(None, None, None)
+    out = capsys.readouterr().out
+    assert "agent 0 ignores" in out and "it is not signed with this --exchange_key" in out
+    assert "it is signed, and there is no --exchange_key here" in out
+    share(joined(1, tmp_path, key=key), 1)
+    assert values(share(one, 1)) == {0: 10, 1: 11}
+
+
+@pytest.mark.parametrize("change", [{"agent": 2}, {"iteration": 2}, {"label": 3}, {"sha256": None}])
+def test_what_was_signed_serves_under_no_other_name(tmp_path, change):
+    one, two = (joined(i, tmp_path, key=b"k" * 16) for i in range(2))
+    joined(2, tmp_path, key=b"k" * 16)
+    share(two, 1)
+    content = file_of(tmp_path, 1, 1).read_bytes()
+    header, body = json.loads(content[:HEADER]), content[HEADER:]
+    if "sha256" in change:
+        body = body[::-1]
+        change = {"sha256": hashlib.sha256(body).hexdigest()}
+    agent, iteration = change.get("agent", 1), change.get("iteration", 1)
+    write(file_of(tmp_path, agent, iteration), header | change, body)
+    assert not one._take(agent, range(iteration, iteration + 1), iteration, {})
+    write(file_of(tmp_path, agent, iteration), header, content[HEADER:])
+    assert one._take(agent, range(iteration, iteration + 1), iteration, {}) == (agent == iteration == 1)
+
+
+def test_a_key_is_a_file_that_others_cannot_read(tmp_path):
+    file = tmp_path / "key"
+    for content, mode, message in ((b"short\n", 0o600, "16 to 4096 bytes"), (b"x" * 5000, 0o600, "16 to 4096 bytes"),
+                                   (b"x" * 20, 0o644, "chmod 600"), (b" " * 50, 0o600, "16 to 4096 bytes")):
+        file.write_bytes(content)
+        file.chmod(mode)
+        with pytest.raises(ValueError, match=message):
+            read_key(file)
+    file.chmod(0o600)
+    file.write_bytes(b"\n a secret of some length \n")
+    assert read_key(file) == b"a secret of some length"
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="not a"):
+            read_key(other)
+    with pytest.raises(OSError):
+        read_key(tmp_path / "none")
+
+
+# All of it
+
+
+def test_a_hostile_agent_costs_the_honest_ones_nothing(tmp_path):
+    """It leaves files from the future and junk, and with a key it can't be one of them. All iterations are done."""
+    key = tmp_path / "key"
+    key.write_text("a secret that only agents know")
+    key.chmod(0o600)
+    flags = [*TINY, "--num_models=3", "--randominit", "--exp=2", "--opt=WA", "--test_samples=50", "--bn_reset=none",
+             "--merg_itr=4", "--exchange=folder:meeting", "--timeout=0", f"--exchange_key={key}"]
+    script("main", *flags, "--agent=0", "--merg_itr=1", cwd=tmp_path)
+    home, = (tmp_path / "meeting").iterdir()
+    hostile = home / "agent_2"
+    hostile.mkdir()
+    (hostile / "iteration_000004.model").write_bytes(b"ten bytes!")
+    content = (home / "agent_0" / "iteration_000001.model").read_bytes()
+    write(hostile / "iteration_000003.model", json.loads(content[:HEADER]) | {"agent": 2, "iteration": 3},
+          content[HEADER:])
+    os.mkfifo(hostile / "iteration_000002.model")
+    again = tmp_path / "key_elsewhere"  # where it lies is no option of the run
+    key.rename(again)
+    said = script("main", *flags, "--agent=0", f"--exchange_key={again}", cwd=tmp_path).stdout
+    run, = tmp_path.glob("results/**/agent_0")
+    merged = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines() if ",merged," in line]
+    assert merged == ["1", "2", "3", "4"], said
+    for reason in ("its length is wrong", "it is not signed", "it is no regular file"):
+        assert said.count(reason) == 1, reason
+    assert not any(b"only agents know" in file.read_bytes() for file in tmp_path.rglob("*")
+                   if file.is_file() and file != again)
+
+
+def test_a_neighbour_that_is_out_of_all_proportion_is_left_out(tmp_path, monkeypatch):
+    """Agent 1's model is far away, agent 2's computes nothing finite, which at last only the merge finds out."""
+    flags = [*TINY, "--num_models=3", "--randominit", "--exp=2", "--opt=DIMAT", "--test_samples=50", "--bn_reset=none",
+             "--exchange=folder:meeting", "--timeout=0", "--match_samples=20", "--agent=0"]
+    script("main", *flags, "--merg_itr=1", cwd=tmp_path)
+    home, = (tmp_path / "meeting").iterdir()
+    content = (home / "agent_0" / "iteration_000001.model").read_bytes()
+    like = build_model("resnet20", 10, in_channels=1, image_size=8, width_multiplier=1).state_dict()
+    honest = unpack(torch.frombuffer(bytearray(content[HEADER:]), dtype=torch.uint8), like, "fp32")
+    hostile = {1: {key: 1e3 * value if value.is_floating_point() else value for key, value in honest.items()},
+               2: {key: 0 * value if "running_var" in key else value for key, value in honest.items()}}
+
+    def publish(agent, iteration):
+        body = pack(hostile[agent], "fp32").numpy().tobytes()
+        write(home / f"agent_{agent}" / f"iteration_{iteration:06d}.model", json.loads(content[:HEADER])
+              | {"agent": agent, "iteration": iteration, "sha256": hashlib.sha256(body).hexdigest()}, body)
+
+    for agent in hostile:
+        (home / f"agent_{agent}").mkdir()
+        publish(agent, 3)
+    monkeypatch.setattr("utils.exchange.SharedFolder.turn", lambda self, iteration, weights: iteration)
+    said = script("main", *flags, "--merg_itr=3", cwd=tmp_path).stdout
+    assert said.count("agent 1's model is 999 times the norm of its own away (--max_distance 10)") == 2
+    assert said.count("agent 2's model makes activations that are not finite: merging without it") == 2
+    monkeypatch.setattr(fleet.Fleet, "has_finite_features", lambda *_: True)
+    publish(2, 4)
+    said = script("main", *flags, "--merg_itr=4", cwd=tmp_path).stdout
+    assert "are not finite; check the images" in said and "it goes on without this merge" in said
+    run, = tmp_path.glob("results/**/agent_0")
+    assert all(row["merged_with"] == "" for row in rows_of(run))
