@@ -115,8 +115,9 @@ def test_the_long_tests_are_run_by_their_own_command_alone(tmp_path):
                                           "@pytest.mark.long\ndef test_long(): pass\n")
 
     def run_by(*marks: str) -> list[str]:
-        listed = subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--collect-only", *marks,
-                                 "--rootdir", tmp_path, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        listed = subprocess.run(
+            [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "--collect-only",
+             *marks, tmp_path], cwd=ROOT, capture_output=True, text=True)
         return re.findall(r"::(\w+)", listed.stdout)
 
     assert run_by() == ["test_quick"]
