@@ -168,14 +168,16 @@ DAMAGES = st.sampled_from([WITHIN] * 4 + [BLIND] * 2 + [OTHER]).flatmap(lambda k
 
 def damage(file: Path, how: tuple) -> None:
     kind, *what = how
+    if kind == "within" and file.suffix not in STRUCTURED:
+        way, wrong = what
+        kind, what = "flip", (wrong % 997 / 997, len(way))
     if kind == "other" and what[0] in OTHER_KINDS:
         file.write_bytes(OTHER_KINDS[what[0]])
     elif kind == "other":
         _in_its_place(file, what[0])
     elif kind == "within":
-        if file.suffix in STRUCTURED:
-            load, dump = STRUCTURED[file.suffix]
-            file.write_bytes(dump(replaced(load(file), *what)))
+        load, dump = STRUCTURED[file.suffix]
+        file.write_bytes(dump(replaced(load(file), *what)))
     else:
         content = file.read_bytes()
         ways = {"cut": lambda c, at: c[:int(at * len(c))], "flip": _flip, "insert": _insert, "overwrite": _overwrite}

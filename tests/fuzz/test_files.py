@@ -39,7 +39,7 @@ READ = {
     "run to report": ("results/**/metrics.csv results/**/config.yaml", ["utils.report", "results"]),
     "run to draw": ("results/**/*.csv results/**/config.yaml", ["utils.run_plots", "results", "--out=pictures"]),
     "agents to collect": ("alone/**/agent_1/**/*.*", ["utils.collect", "alone/run"]),
-    "neighbour": ("exchange/*/agent_1/*.pt", [*ALONE, "--results_dir=alone_again", "--agent=0"]),
+    "neighbour": ("exchange/*/agent_1/*.model", [*ALONE, "--results_dir=alone_again", "--agent=0"]),
     "sweep": ("a_sweep.yaml", ["utils.sweep", "a_sweep.yaml", "--dry_run"]),
     "topology": ("graph.json", [*MERGE, "--opt=WA", "--topology=graph.json", "--results_dir=other"]),
     "options": ("options.yaml", ["main", "--config=options.yaml"]),
@@ -149,7 +149,7 @@ def read_damaged(what: str, sound: Path, number: int, how: tuple | None) -> tupl
             damage(file, how)
         name, *arguments = READ[what][1]
         try:
-            result = end_of(name, arguments, here, here, seconds=5)
+            result = end_of(name, arguments, here, here, seconds=30)
             assert result.returncode != 130, "it hangs"
             assert not (here / "executed").exists(), "what a file holds was executed"
             return result, outcome(here), file
@@ -161,7 +161,7 @@ def read_damaged(what: str, sound: Path, number: int, how: tuple | None) -> tupl
 def is_read_well(what: str, sound: Path, number: int, how: tuple,
                  expected: Callable[[str], list[dict[str, str]]]) -> None:
     result, found, file = read_damaged(what, sound, number, how)
-    blind = how[0] in ("cut", "flip", "insert", "overwrite") and file.suffix in (".pt", ".pth")
+    blind = how[0] in ("cut", "flip", "insert", "overwrite") and file.suffix in (".pt", ".pth", ".model")
     if result.returncode == 0 and blind and what not in ("run to report", "run to draw"):
         of_others = {key: value for key, value in found.items() if not file.match(key)}
         wanted = [{key: value for key, value in one.items() if not file.match(key)} for one in expected(what)]
