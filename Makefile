@@ -6,17 +6,23 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope --no-loadscope-reorder
+
+.PHONY: help demo test test-long lint
 help:
-	@echo "make demo   train, merge and draw results/demo.png (a few minutes)"
-	@echo "make test   run the test suite"
-	@echo "make lint   run ruff"
+	@echo "make demo       train, merge and draw results/demo.png (a few minutes)"
+	@echo "make test       run the test suite"
+	@echo "make test-long  run what it leaves out: the exhaustive tests, marked long"
+	@echo "make lint       run ruff"
 
 demo: $(VENV)/.installed
 	$(RUN) demo.py
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope --no-loadscope-reorder
+	$(PYTEST)
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

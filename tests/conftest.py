@@ -1,10 +1,16 @@
-"""Small real runs of the scripts that several tests look at."""
+"""Small real runs of the scripts that several tests look at, and how hypothesis draws its examples."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers import TINY, script
+
+# The same examples in every run, nothing left behind, and no test that fails on a busy machine.
+settings.register_profile("seeded", derandomize=True, database=None, deadline=None,
+                          suppress_health_check=list(HealthCheck))
+settings.load_profile("seeded")
 
 
 @pytest.fixture(scope="session")

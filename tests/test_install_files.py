@@ -96,6 +96,35 @@ def test_ci_is_executable_and_strict():
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
+@pytest.mark.parametrize(("failing", "status"), [("nothing", 0), ("lint", 3), ("test", 3), ("test-long", 3)])
+def test_ci_fails_with_any_of_its_parts_and_sums_each_up(tmp_path, failing, status):
+    """A `make` that says what pytest would say stands in for the real one, which takes minutes."""
+    stub = tmp_path / "make"
+    stub.write_text(f'#!/bin/sh\necho "how $1 went"\necho "5 passed in 2 s"\n[ "$1" != {failing} ] || exit 3\n')
+    stub.chmod(0o755)
+    result = subprocess.run([ROOT / ".ci" / "run"], capture_output=True, text=True,
+                            env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+    assert result.returncode == status
+    if failing != "lint":
+        assert "how test went" in result.stdout and "how test-long went" in result.stdout
+        assert result.stdout.splitlines()[-2:] == ["make test: 5 passed in 2 s", "make test-long: 5 passed in 2 s"]
+
+
+def test_the_long_tests_are_run_by_their_own_command_alone(tmp_path):
+    (tmp_path / "test_two.py").write_text("import pytest\n\ndef test_quick(): pass\n\n"
+                                          "@pytest.mark.long\ndef test_long(): pass\n")
+
+    def run_by(*marks: str) -> list[str]:
+        listed = subprocess.run(
+            [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "--collect-only",
+             *marks, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        return re.findall(r"::(\w+)", listed.stdout)
+
+    assert run_by() == ["test_quick"]
+    assert make("-n", "test-long").stdout.rstrip().endswith("-m long")
+    assert run_by("-m", "long") == ["test_long"]
+
+
 EXTENSION_IMPORTS = """
 import numpy as np, torch
 from dataclasses import replace

@@ -330,7 +330,7 @@ def test_gpus_are_dealt_out_and_the_cores_shared(tmp_path):
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
 def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from utils import sweep; "
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from experiments import sweep; "
             f"sweep.PATIENCE = {[1.0, 600.0][len(sent) - 1]}\n"
             "from pathlib import Path\n"
             "stubborn = 'import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "

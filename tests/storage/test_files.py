@@ -135,7 +135,7 @@ def quantised(scale):
     (lambda file: rezip(file, file.with_suffix(".plain")), "compressed"),
     (os.mkfifo, "not a regular file"),
     (lambda file: file.mkdir(), "a folder"),
-], ids=str)
+])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_is_no_checkpoint_is_told_by_its_kind(tmp_path, write, word):
     file = tmp_path / "model_0.pth"
