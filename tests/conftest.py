@@ -1,5 +1,6 @@
 """Small real runs of the scripts that several tests look at, and how hypothesis draws its examples."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from tests.helpers import TINY, script
 settings.register_profile("seeded", derandomize=True, database=None, deadline=None,
                           suppress_health_check=list(HealthCheck))
 settings.load_profile("seeded")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of tests inherit it, and are sent Ctrl-C
 
 
 @pytest.fixture(scope="session")
