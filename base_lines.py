@@ -42,7 +42,7 @@ from network.topology import Topology
 from network.workers import follow_parent
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.registry import Baseline
-from utils.memory import keep_freed_memory
+from utils.memory import keep_freed_memory, memory_format
 from utils.progress import progress
 from utils.seeds import generator
 
@@ -161,7 +161,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
         path, config, matter = the_run(o, made_with, topology)
         config |= circumstances(command) | {
             "processes": o.num_models if is_launched() else 1, "first_models": digest_of_all(digests)}
-        config["memory_layout"] = str(training.memory_format(device))  # the order of entries in an agent's memory
+        config["memory_layout"] = str(memory_format(device))  # the order of entries in an agent's memory
         return open_run(o, network, path, config, matter, start=0)
 
     made_with, states, topology, train_parts, test_parts, trainer = network.together(prepare)

@@ -30,9 +30,7 @@ ODD: dict[str, list[Any]] = {
                 [torch.zeros_like(IMAGES[0])], [IMAGES[0].to_sparse()], [IMAGES[0], IMAGES[1][:, :, :3]], range(3)],
     "local_batches": [5, [], [None, None], [IMAGES, None], [IMAGES], [IMAGES, [IMAGES[1][:0]]], "xy"],
     "model": [5, "resnet", nn.Linear(2, 2), nn.Identity(), {}, nn.Module(), nn.Sequential],
-    "spec": [5, "x", {}, []],
     "match_memory": [0, -1, 1, 1e300, math.nan, "x", 2**80],
-    "stats": [5, "x", {}, (), []],
     "agents": [5, "x", [], [5], [-1], [0.5], [None], {0: 1}, [0, 0], [1], [True], ["0"]],
 }
 
