@@ -150,11 +150,13 @@ def test_a_command_with_an_unknown_option_does_not_parse(monkeypatch, capsys):
         parses("train", ["--no_such_option"], monkeypatch)
 
 
-@each(SOURCES)
-def test_every_module_that_a_source_says_to_run_exists(file):
-    for module in re.findall(r"python (?:-u )?-m ([\w.]*\w)", file.read_text()):
-        path = ROOT.joinpath(*module.split("."))
-        assert path.with_suffix(".py").exists() or module in ("pytest", "module", "torch.distributed.run"), module
+def test_every_module_that_a_source_says_to_run_exists():
+    said = [(name(file), module) for file in SOURCES
+            for module in re.findall(r"python (?:-u )?-m ([\w.]*\w)", file.read_text())]
+    assert len(said) > 50
+    for file, module in said:
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert path.exists() or module in ("pytest", "module", "torch.distributed.run"), f"{file}: {module}"
 
 
 @each([file for file in SOURCES if file.suffix == ".yaml"])
@@ -213,7 +215,8 @@ def same_function(names: dict) -> None:
     model.load_state_dict(state)
     assert torch.allclose(model(x), before, rtol=0, atol=1e-6)
     assert Path("groups.png").stat().st_size > 1000
-    assert sorted(size for group, size in names["spec"].sizes.items())[-2:] == [8, 12]
+    sizes = list(names["spec"].sizes.values())
+    assert 12 in sizes and 8 in sizes and sizes.count(3) == 1, sizes
 
 
 def by_hand(names: dict) -> None:
@@ -228,7 +231,7 @@ def five_states(names: dict) -> None:
 
 def a_model(names: dict) -> None:
     spec = derive_spec(build_model("mlp", 10, in_channels=1, image_size=8), torch.rand(2, 1, 8, 8))
-    assert list(spec.sizes.values()) == [64] and not spec.fixed
+    assert list(spec.sizes.values()) == [64]
 
 
 def a_topology(names: dict) -> None:
@@ -304,7 +307,7 @@ CHECKS = {
 
 
 def test_every_example_is_checked():
-    assert [where for where, _ in examples("python")] == list(CHECKS)
+    assert sorted(where for where, _ in examples("python")) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize("where", CHECKS)
