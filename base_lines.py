@@ -24,8 +24,7 @@ from data.datasets import Dataset, some_images
 from experiments.checkpoints import State, check_state, digest, digest_of_all
 from experiments.options import base_lines_parser
 from experiments.parsing import parse_once, pick_device
-from experiments.reference import circumstances
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, circumstances
 from experiments.scripts import run_script
 from experiments.steps import settle, the_run
 from merging.batch_norm import reestimate

@@ -13,7 +13,7 @@ import torch
 from agents.local import LocalTrainer, new_model
 from data.batches import Batches
 from data.datasets import some_images
-from experiments.reference import ALONE
+from experiments.options import ALONE
 from merging import METHODS, match_stats, merge, outgoing
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate

@@ -12,7 +12,7 @@ import numpy as np
 from agents.local import LocalTrainer, new_model
 from experiments.checkpoints import State, check_state
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
-from experiments.settle import free_options
+from experiments.settle import without_say
 from merging.averaging import weighted_average
 from network.processes import Network, is_launched, is_restart, launch
 from storage.files import load_yaml
@@ -37,7 +37,7 @@ def open_run(o: Namespace, network: Network, path: Path, config: dict, matter: d
         return None
     config |= {"launch": launch() if is_launched() else None}
     goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
-    return RunFolder(path, config, free=free_options(matter), resume=o.resume or goes_on,
+    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on,
                      overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard, **how)
 
 
