@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -27,7 +28,8 @@ from tests.helpers import TINY, folder_of, script
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "STUDY.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [file for kind in ("*.py", "*.sh", "Makefile", "configs/**/*.yaml", "*/*.py") for file in sorted(ROOT.glob(kind))
+SOURCES = [file for kind in ("*.py", "*.sh", "Makefile", "configs/**/*.yaml", "*/*.py")
+           for file in sorted(ROOT.glob(kind))
            if file.parent.name != "tests" and not file.parent.name.startswith(".")]
 FENCED = re.compile(r"^( *)(~~~|```)(\w*)\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 
@@ -246,7 +248,7 @@ def a_partition(names: dict) -> None:
     for parts, of in ((train, labels), (test, labels[:50])):
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(of)))
         assert all((np.diff(part) > 0).all() for part in parts)
-        assert all(of[one].max() <= of[other].min() for one, other in zip(parts, parts[1:], strict=False))
+        assert all(of[one].max() <= of[other].min() for one, other in itertools.pairwise(parts))
 
 
 def a_dataset(names: dict) -> None:
@@ -319,7 +321,8 @@ def test_the_command_lines_offer_what_the_examples_register(run, tmp_path):
     for where, code in examples("python"):
         if where.startswith("docs/extending.md"):
             run(code)
-    options = [*TINY, "--dataset=bright_digits", "--model=mlp", "--data_dist=sorted", "--num_models=3", "--batch_size=50"]
+    options = [*TINY, "--dataset=bright_digits", "--model=mlp", "--data_dist=sorted", "--num_models=3",
+               "--batch_size=50"]
     out = script("train", *options, "--epochs=1", cwd=tmp_path).stdout
     run_of = [*options, f"--ckp={out.splitlines()[-1].removeprefix('checkpoints: ')}", "--topology=line"]
     merged = script("main", *run_of, "--opt=RANDOM", "--merg_itr=1", cwd=tmp_path)
