@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.parsing import as_typed
 from experiments.reference import REFERENCE, SHORT, variant
-from network.wire import State
+from merging.averaging import State
 from storage.files import level, load_tensors, load_yaml
 
 INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
