@@ -12,7 +12,7 @@ from merging.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 USE = """
-import pkgutil, sys, torch
+import pkgutil, runpy, sys, torch
 from torch import nn
 import merging
 assert sys.argv[1] in merging.__file__, merging.__file__
@@ -21,6 +21,8 @@ for module in pkgutil.iter_modules(merging.__path__):
 models = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]
 merged = merging.merge(models, [[0.5, 0.5]] * 2, "DIMAT", [torch.rand(9, 4)])
 assert len(merged) == 2 and merged.matches[0].units == 6
+sys.argv[1:] = ["mine:small", "--image_size", "6", "--in_channels", "1"]
+runpy.run_module("merging", run_name="__main__", alter_sys=True)
 """
 NETWORK = """
 from torch import nn
@@ -46,12 +48,6 @@ def installed(tmp_path_factory) -> Path:
     return folder
 
 
-def run(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python with nothing of the checkout on its path."""
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=os.environ | {"PYTHONPATH": str(site)},
-                          capture_output=True, text=True)
-
-
 def test_merging_is_all_that_is_installed(installed):
     names = {path.name for path in installed.iterdir()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"merging"}
@@ -61,12 +57,12 @@ def test_merging_is_all_that_is_installed(installed):
 
 
 def test_it_works_without_the_house(installed, tmp_path):
-    used = run(installed, tmp_path, "-c", USE, str(installed))
-    assert used.returncode == 0, used.stderr
+    """In a process that has nothing of the checkout on its path; then `python -m merging` in the same one."""
     (tmp_path / "mine.py").write_text(NETWORK)
-    printed = run(installed, tmp_path, "-m", "merging", "mine:small", "--image_size", "6", "--in_channels", "1")
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.splitlines()[0] == "0: 5 units" and "1 groups, 5 units" in printed.stdout
+    done = subprocess.run([sys.executable, "-c", USE, installed], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(installed)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "0: 5 units" and "1 groups, 5 units" in done.stdout
 
 
 def test_the_command_prints_and_draws(tmp_path, capsys):
