@@ -137,6 +137,8 @@ def merge(
     way, matching = _way(method, matching, bn_reset, robust, lent)
     model, states = model_and_states(models_or_states, model)
     weights = mixing_matrix(weights, len(states))
+    if not isinstance(spec, PermutationSpec | None):
+        raise ValueError(f"spec= is a {type(spec).__name__}: pass what derive_spec returns")
 
     wanted = range(len(states)) if agents is None else sorted(agents)
     if not all(0 <= i < len(states) for i in wanted):

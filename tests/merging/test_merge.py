@@ -401,6 +401,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"agents": [7]}, r"agents=\[7\]: there are agents 0 to 1"),
         ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
         ({"model": "resnet20"}, "model= is a str: pass the architecture"),
+        ({"spec": {}}, "spec= is a dict: pass what derive_spec returns"),
         ({"models_or_states": [None, *nets(2)], "weights": [[0, 0.5, 0.5]] * 3, "agents": [1]},
          "agent 0 merges others' models, in the order of its own, which is None"),
         ({"batches": 5}, "batches is a int: pass a list of batches"),
