@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from agents.local import LocalTrainer, new_model
 from data.batches import Batches
 from data.datasets import some_images
 from experiments.options import ALONE
-from merging import METHODS, match_stats, merge, outgoing
+from merging import METHODS, Pairing, matches, merge, outgoing
+from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
 from merging.common_basis import CommonBasis, Turns, align, universe
@@ -94,15 +96,14 @@ class Fleet:
         else:
             images = {i: self.matching_batches(i, iteration) for i in merging}
             data = {"local_batches": [images.get(i) for i in range(o.num_models)]}
-        resets = "none" if o.bn_reset == "none" else "after"  # before is done
         try:
             models = self.exchange(iteration, weights, images, stats)
             weights = without(weights, [j for j in range(o.num_models) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = merge([models.get(i) for i in range(o.num_models)], weights, method=o.opt,
-                           model=self.trainer.model, spec=self.spec, bn_reset=resets, rescale=o.bn_reset == "repair",
-                           match_at=o.match_at, match_prior=o.match_prior, match_memory=self.match_memory, stats=stats,
-                           agents=merging, robust=o.robust, **data)
+                           model=self.trainer.model, spec=self.spec, matching=self.options_of_method,
+                           bn_reset=o.bn_reset, robust=o.robust, agents=merging, lent=True, **data)
+            stats += map(asdict, merged.matches)
         except ValueError as error:
             if not network.may_miss:
                 raise ValueError(f"iteration {iteration}: {error}") from error
@@ -125,8 +126,7 @@ class Fleet:
         turns = self.turns(iteration)
         aligns = bool(turns.towards)
         at_once = aligns and o.align == "at_once"
-        bn_reset = "both" if o.bn_reset == "repair" else o.bn_reset
-        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], bn_reset,
+        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], o.bn_reset,
                             compared=aligns or METHODS[o.opt].reads_images) for i in images}
         self.orders |= {i: int(self.basis.of[i]) for i in turns.roots if i in self.states}
         models: dict[int, State] = {}
@@ -207,30 +207,36 @@ class Fleet:
 
         What was matched is noted down for the agent that is here, be it i or, where i's model came, the reference.
         """
-        correlations: list[dict[str, float]] = []
-        found = align(self.spec, self.trainer.model, state, [models[j] for j in references],
-                      [weights[i, j] or 1.0 for j in references], images, correlations=correlations,
-                      at=self.o.match_at, prior=self.o.match_prior, match_memory=self.match_memory,
-                      names=[*references, i])
+        found, correlations = align(self.spec, self.trainer.model, state, [models[j] for j in references],
+                                    [weights[i, j] or 1.0 for j in references], images, self.matching,
+                                    names=[*references, i])
         for j, of_pair in zip(references, correlations, strict=True):
             pair = (i, j) if i in self.states else (j, i)
-            stats += match_stats(self.spec, *pair, found, of_pair)
+            stats += map(asdict, matches(self.spec, *pair, Pairing(found, of_pair)))
         return permute(self.spec, found, state)
 
     def align_at_once(self, models: dict[int, State], root: int, images: dict[int, Batches],
                       stats: list[dict]) -> dict[int, State]:
         """Everybody's models in one order of units, that of `root`; the same in every process."""
         shared = next(iter(images.values()))
-        correlations: dict[tuple[int, int], dict[str, float]] = {}
-        found = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], shared, root=root,
-                         correlations=correlations, at=self.o.match_at, match_memory=self.match_memory)
+        found, correlations = universe(self.spec, self.trainer.model, [models[j] for j in sorted(models)], shared,
+                                       self.matching, root=root)
         for (i, j), of_pair in correlations.items():
-            stats += [row for a, b in ((i, j), (j, i)) for row in match_stats(self.spec, a, b, found[a], of_pair)]
+            stats += [asdict(match) for a, b in ((i, j), (j, i))
+                      for match in matches(self.spec, a, b, Pairing(found[a], of_pair))]
         return {j: permute(self.spec, found[j], models[j]) for j in sorted(models)}
 
     @property
-    def match_memory(self) -> int:
-        return int(self.o.match_memory * 2**30)
+    def matching(self) -> Matching:
+        """How the agents here compare models by their activations."""
+        return Matching(at=self.o.match_at, memory=int(self.o.match_memory * 2**30), prior=self.o.match_prior)
+
+    @property
+    def options_of_method(self) -> Any:
+        """What is set of the merge method: its option NAME is --match_NAME. None where nothing can be."""
+        way = METHODS[self.o.opt]
+        values = {name.removeprefix("match_"): value for name, value in vars(self.o).items()} | asdict(self.matching)
+        return way.options and way.options(**{name: values[name] for name in way.option_names if name in values})
 
     @cached_property
     def spec(self) -> PermutationSpec | None:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import merging
 from data.batches import Batches
 from data.datasets import Dataset, ImageSet, load_dataset
+from merging.activation_matching import READ_AT
 from merging.averaging import weighted_average
 from models import build_model
 from models.training import evaluate, make_optimizer, snapshot, train_epoch
@@ -153,12 +154,12 @@ def local_epoch(setting: Setting) -> Callable[[], object]:
     return lambda: train_epoch(model, setting.augmented(), optimizer)
 
 
-def dimat_merge(setting: Setting) -> Callable[[], list[dict[str, Tensor]]]:
+def dimat_merge(setting: Setting) -> Callable[[], merging.Merged]:
     states = [snapshot(setting.model(agent)) for agent in range(setting.topology.num_agents)]
     model = setting.model()
     return lambda: merging.merge(
         states, setting.topology.pi, "DIMAT", setting.augmented(), model=model, bn_reset="both",
-        match_at=setting.match_at,
+        matching=merging.Matching(at=setting.match_at),
     )
 
 
@@ -176,7 +177,7 @@ def whole_iteration(setting: Setting) -> Callable[[], None]:
             evaluate(model, tests)
 
     def job() -> None:
-        merged = merge()
+        merged = merge().states
         evaluate_all(merged)
         trained = []
         for agent in agents:
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=5, help="agents on the ring")
     parser.add_argument("--width_multiplier", type=int, default=1, help="width of ResNet-20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--match_at", choices=merging.MATCH_AT, default="all", help="where merges read features")
+    parser.add_argument("--match_at", choices=READ_AT, default="all", help="where merges read features")
     parser.add_argument("--compile", action="store_true", help="torch.compile the training loops of both sides")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--data_dir", default=None, help="take CIFAR-10 from this folder, not random images")

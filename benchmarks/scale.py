@@ -111,10 +111,10 @@ def measure(cell: Cell) -> Cost:
     states = [Network().state_dict() for _ in range(cell.agents)]
     method, _, local = cell.method.partition("-")
 
-    def merge(agents: int, weights: np.ndarray) -> list[dict[str, Tensor]]:
+    def merge(agents: int, weights: np.ndarray) -> merging.Merged:
         data = {"local_batches": [batches] * agents} if local else {"batches": batches}
-        return merging.merge(states[:agents], weights, method, model=model, spec=spec, match_memory=cell.match_memory,
-                             **data)
+        return merging.merge(states[:agents], weights, method, model=model, spec=spec,
+                             matching=merging.Matching(memory=cell.match_memory), **data)
 
     merge(min(3, cell.agents), make_topology("ring", min(3, cell.agents)).pi)  # what is done once in a process
     before = start_of_peak()

@@ -1,104 +1,74 @@
 """How models of neighbouring agents become one: match the units, permute, average, re-estimate BatchNorm.
 
     merged = merge(models, weights, method="DIMAT", batches=images)
+
+`python -m merging` prints the permutation groups of a model.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from merging.activation_matching import PRIORS, Edge, match_activations
+from merging.activation_matching import Edge, Matching, Pairing
 from merging.averaging import ROBUST, State, robust_average, weighted_average
-from merging.batch_norm import Batches, device_of, images_in, reestimate, tracked_norms
-from merging.common_basis import between, universe
-from merging.permutation import Permutations, PermutationSpec, derive_spec, invert, permute
+from merging.batch_norm import Batches, device_of, reestimate, tracked_norms
+from merging.inputs import first_image, images_per_agent, mixing_matrix, model_and_states
+from merging.methods import METHODS, Average, Method, register_method
+from merging.permutation import PermutationSpec, derive_spec, permute
 from merging.repair import repair
 from merging.running import is_mixed
-from merging.weight_matching import match_weights
 
-BN_RESETS = ("none", "after", "both")
-MATCH_AT = ("last", "all")
+__all__ = ["BN_RESETS", "METHODS", "Match", "Matching", "Merged", "Method", "Pairing", "all_alike", "matches", "merge",
+           "outgoing", "register_method"]
+
+BN_RESETS = ("none", "after", "both", "repair")
+BEFORE = ("both", "repair")
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to match models.
+class Match:
+    """What a merge matched of one permutation group: its `units` of `agent` with those of `neighbour`.
 
-    match(spec, model, states, pairs, batches, at=, prior=, match_memory=, correlations=) returns, for the pairs (i, j),
-    the permutations that take model j's units to model i's order; a pair it leaves out is averaged as it is. It may
-    fill `correlations`, (i, j) -> group -> mean correlation of the matched units.
-    permutes: it needs the model's spec; reads_images: it needs the batches; jointly: what it finds for a pair depends
-    on the other pairs, so every agent's are asked for separately; aligned: models must have been brought into one basis
-    before (`merging.common_basis`).
+    correlation: mean over the matched units; None if not matched by activations. moved: the share of the neighbour's
+    units that change their place.
     """
 
-    match: Callable[..., dict[Edge, Permutations]]
-    permutes: bool
-    reads_images: bool
-    jointly: bool = False
-    aligned: bool = False
+    agent: int
+    neighbour: int
+    group: str
+    units: int
+    correlation: float | None
+    moved: float
 
 
-METHODS: dict[str, Method] = {}
+@dataclass(frozen=True, eq=False)
+class Merged(Sequence):
+    """What a merge came to; as a sequence, the agents' merged models.
 
+    states: a state dict for each agent, None for those that were not asked for. matches: what was matched, by agent,
+    neighbour and group.
+    """
 
-def register_method(name: str, *, permutes: bool = True, reads_images: bool = False, jointly: bool = False,
-                    aligned: bool = False) -> Callable[[Callable], Callable]:
-    """Adds a matching function to METHODS, which see."""
+    states: list[State | None]
+    matches: list[Match]
 
-    def register(match: Callable[..., dict[Edge, Permutations]]) -> Callable[..., dict[Edge, Permutations]]:
-        METHODS[name] = Method(match, permutes, reads_images, jointly, aligned)
-        return match
+    def __getitem__(self, agent):
+        return self.states[agent]
 
-    return register
-
-
-@register_method("DIMAT", reads_images=True)
-def match_by_activations(spec, model, states, pairs, batches, **options: Any) -> dict[Edge, Permutations]:
-    """Activation matching (DIMAT, the paper's method)."""
-    return match_activations(spec, model, states, pairs, batches, **options)
-
-
-@register_method("WM")
-def match_by_weights(spec, model, states, pairs, batches, **unused: Any) -> dict[Edge, Permutations]:
-    """Weight matching (Git Re-Basin): no images; computed for i < j, (j, i) is the inverse."""
-    matched = {}
-    for i, j in sorted({(min(pair), max(pair)) for pair in pairs}):
-        matched[i, j] = match_weights(spec, states[i], states[j])
-        matched[j, i] = invert(matched[i, j])
-    return matched
-
-
-@register_method("C2M3", reads_images=True, jointly=True)
-def match_all_at_once(spec, model, states, pairs, batches, *, at, match_memory, correlations,
-                      **unused: Any) -> dict[Edge, Permutations]:
-    """Cycle-consistent matching of all models that one agent merges (C2M3)."""
-    agents = sorted({agent for pair in pairs for agent in pair})
-    of_pairs: dict[Edge, dict[str, float]] = {}
-    found = dict(zip(agents, universe(spec, model, [states[i] for i in agents], batches, at=at,
-                                      match_memory=match_memory, correlations=of_pairs, names=agents), strict=True))
-    correlations |= {(agents[i], agents[j]): values for (i, j), values in of_pairs.items()}
-    return {(i, j): between(found[i], found[j]) for i, j in pairs}
-
-
-@register_method("COMMON", permutes=False, aligned=True)
-@register_method("WA", permutes=False)
-def match_nothing(spec, model, states, pairs, batches, **unused: Any) -> dict[Edge, Permutations]:
-    """Weight averaging: every unit stays where it is."""
-    return {}
+    def __len__(self) -> int:
+        return len(self.states)
 
 
 def outgoing(model: nn.Module, state: State, batches: Batches | None, bn_reset: str, compared: bool) -> State:
-    """What an agent lends its neighbours for a merge: its model, for bn_reset="both" and where its activations are to
-    be `compared` with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
+    """What an agent lends its neighbours for a merge: its model, where `bn_reset` asks for that and its activations are
+    to be `compared` with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
     # Only activations depend on running statistics: otherwise it would change nothing.
-    return reestimate(model, state, batches) if compared and bn_reset == "both" else state
+    return reestimate(model, state, batches) if compared and bn_reset in BEFORE else state
 
 
 def merge(
@@ -106,18 +76,16 @@ def merge(
     weights: Any,
     method: str = "DIMAT",
     batches: Batches | None = None,
+    *,
     local_batches: Sequence[Batches | None] | None = None,
     model: nn.Module | None = None,
     spec: PermutationSpec | None = None,
+    matching: Any = None,
     bn_reset: str = "both",
-    rescale: bool = False,
-    match_at: str = "all",
-    match_prior: str = "none",
-    match_memory: int | None = None,
-    stats: list[dict[str, Any]] | None = None,
-    agents: Collection[int] | None = None,
     robust: str = "none",
-) -> list[State | None]:
+    agents: Collection[int] | None = None,
+    lent: bool = False,
+) -> Merged:
     """One merge of N agents: x_i <- sum_j w_ij P_ij(x_j), P_ij taking j's units to i's order (DIMAT, Algorithm 1).
 
     Nothing that is passed in is changed; the merged state dicts are new tensors on the inputs' device.
@@ -135,49 +103,42 @@ def merge(
         models_or_states: N models of one architecture, or their state dicts (then `model` is needed), dense and each
             tensor on the same device for all.
         weights: mixing matrix (N, N), rows sum to 1: an array, a tensor or nested lists.
-        method: a name in METHODS: DIMAT (activation matching), C2M3 (of all models together), WM (weight matching), WA
-            (plain averaging) and COMMON (the same, of models that have been brought into a common basis).
+        method: a name in METHODS: DIMAT (activation matching), C2M3 (of all models together), WM (weight matching) and
+            WA (plain averaging). COMMON averages models that agents have brought into one order of units together,
+            which is done before (`merging.common_basis`), and wants to hear that it was (`lent`).
         batches: shared by all agents and read more than once; each a tensor of images (B, ...), a tuple or list that
             starts with one, or a dict, of which the first of the keys "image", "images", "pixel_values", "x" and
             "input" that it has holds the images. What else is in them (labels) is not looked at.
         local_batches: the same, for each agent its own, instead of `batches`.
         model: the architecture, when state dicts are given (else the first of the models in the highest precision).
         spec: its permutation groups; derived from the model and the first image when not given.
+        matching: what can be set of the method, as its `options` are; of DIMAT a `Matching`. None: the defaults.
+            Methods of which nothing can be set do not look at it.
         bn_reset: "none"; "after": re-estimate the merged models' BatchNorm statistics; "both": also those of the
-            agents' models before their activations are matched (local: each on its own images), as in the paper.
-        rescale: bring the activations of the merged models' layers without BatchNorm to their parents' statistics
-            (REPAIR).
-        match_at, match_prior, match_memory: see `match_activations`.
-        stats: a list that gets a row for every agent, neighbour and group: {agent, neighbour, group, units,
-            correlation (mean over the matched units; None if not matched by activations), moved (share of the
-            neighbour's units that change their place)}.
-        agents: whose merged models to compute (None: everybody's). The list that comes back has None for the others,
-            and so may `models_or_states` for those whose models these agents don't take.
+            agents' models before their activations are matched (local: each on its own images), as in the paper;
+            "repair": that, and the activations of the merged models' layers without BatchNorm are brought to their
+            parents' statistics (REPAIR).
         robust: "none", or "clip", "trimmed" or "median" in place of the sum, which some hostile models of several can't
             move far (see `robust_average`).
+        agents: whose merged models to compute (None: everybody's). The others' are None in what comes back, and so may
+            be, in `models_or_states`, those whose models these agents don't take.
+        lent: the models are as their owners lend them: what has to be done before a merge, and takes the owner's images
+            (`outgoing`) or turns (`merging.common_basis.align`), is done, and is not done again.
 
     Raises:
         ValueError: a mixing matrix of the wrong shape, with negative or non-finite entries or rows that don't sum to 1;
             models of different architectures, on different devices, with tensors that are sparse, quantised or without
-            values, or with NaN or infinite values (agent and tensor are named); an unknown option; images that are
-            needed and missing, can be read only once or are not found in a batch; a model whose forward pass fails on
-            them, or that `derive_spec` refuses; `robust` with `rescale`, which takes statistics of every model.
+            values, or with NaN or infinite values (agent and tensor are named); an unknown option, or `matching` of
+            another kind than the method's; images that are needed and missing, can be read only once or are not found
+            in a batch; a model whose forward pass fails on them, or that `derive_spec` refuses; a method for models in
+            a common basis that are not `lent`; `robust` with a method that has an average of its own, or with
+            bn_reset="repair", which takes statistics of every model.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown merge method {method!r}: choose from {', '.join(METHODS)}")
-    if bn_reset not in BN_RESETS:
-        raise ValueError(f"unknown bn_reset {bn_reset!r}: choose from {', '.join(BN_RESETS)}")
-    if match_at not in MATCH_AT:
-        raise ValueError(f"unknown match_at {match_at!r}: choose from {', '.join(MATCH_AT)}")
-    if match_prior not in PRIORS:
-        raise ValueError(f"unknown match_prior {match_prior!r}: choose from {', '.join(PRIORS)}")
-    if robust not in ROBUST:
-        raise ValueError(f"unknown robust {robust!r}: choose from {', '.join(ROBUST)}")
-    if rescale and robust != "none":
-        raise ValueError(f"rescale takes statistics of every model, hostile ones too: leave it out with {robust=}")
-    way = METHODS[method]
-    model, states = _model_and_states(models_or_states, model)
-    weights = _mixing_matrix(weights, len(states))
+    way, matching = _way(method, matching, bn_reset, robust, lent)
+    model, states = model_and_states(models_or_states, model)
+    weights = mixing_matrix(weights, len(states))
+    if not isinstance(spec, PermutationSpec | None):
+        raise ValueError(f"spec= is a {type(spec).__name__}: pass what derive_spec returns")
 
     wanted = range(len(states)) if agents is None else sorted(agents)
     if not all(0 <= i < len(states) for i in wanted):
@@ -186,8 +147,9 @@ def merge(
     precisions = {tuple(value.dtype for value in _mixed(state).values()) for state in states if state is not None}
     once = bool(mixing) and local_batches is None and all_alike(weights) and len(precisions) == 1 and robust == "none"
     bases = [0] if once else mixing
-    sources = {i: np.flatnonzero(weights[i]).tolist() for i in bases}
-    involved = sorted({agent for i in bases for agent in (i, *sources[i])})
+    # An agent's own model gives the order of units and the integers even where w_ii is 0, as in a bipartite graph.
+    sources = {i: sorted({i, *np.flatnonzero(weights[i]).tolist()}) for i in bases}
+    involved = sorted({agent for i in bases for agent in sources[i]})
     for i in wanted:
         for j in np.flatnonzero(weights[i]).tolist():
             if states[j] is None:
@@ -195,53 +157,42 @@ def merge(
     for i in {*bases, *mixing}:
         if states[i] is None:
             raise ValueError(f"agent {i} merges others' models, in the order of its own, which is None")
-    resets = bn_reset != "none" and bool(tracked_norms(model))
-    resets_first = resets and bn_reset == "both" and way.reads_images
+    resets, repairs = bn_reset != "none" and bool(tracked_norms(model)), bn_reset == "repair"
+    resets_first = resets and bn_reset in BEFORE and way.reads_images and not lent
 
     read = {
-        **dict.fromkeys(involved if resets_first else (), "bn_reset='both'"),
-        **dict.fromkeys(bases if resets else (), f"bn_reset={bn_reset!r}"),
-        **dict.fromkeys(bases if rescale else (), "rescale=True"),
+        **dict.fromkeys(involved if resets_first else bases if resets or repairs else (), f"bn_reset={bn_reset!r}"),
         **dict.fromkeys(bases if way.reads_images else (), f"method={method!r}"),
         **dict.fromkeys(bases if way.permutes and spec is None else (), f"method={method!r} without spec="),
     }
-    images = _images_per_agent(batches, local_batches, len(states), read)
+    images = images_per_agent(batches, local_batches, len(states), read)
 
     if way.permutes and spec is None and bases:
-        spec = derive_spec(model, _first_image(images[bases[0]], device_of(model.state_dict())))
+        spec = derive_spec(model, first_image(images[bases[0]], device_of(model.state_dict())))
     senders = list(states)
     for i in involved if resets_first else ():
         senders[i] = outgoing(model, states[i], images[i], bn_reset, compared=True)
 
-    def match(agents: list[int]) -> dict[Edge, Permutations]:
+    matched: list[Match] = []
+
+    def match(agents: list[int]) -> dict[Edge, Pairing]:
         pairs = [(i, j) for i in agents for j in sources[i] if j != i]
-        correlations: dict[Edge, dict[str, float]] = {}
-        found = way.match(spec, model, senders, pairs, images.get(agents[0]), at=match_at, prior=match_prior,
-                          match_memory=match_memory, correlations=correlations)
-        if stats is not None and spec is not None:
-            for i, j in sorted(set(pairs) & found.keys()):
-                of_pair = correlations.get((i, j), correlations.get((j, i), {}))
-                stats.extend(match_stats(spec, i, j, found[i, j], of_pair))
+        found = way.match(spec, model, senders, pairs, images.get(agents[0]), matching=matching)
+        found = {pair: one if isinstance(one, Pairing) else Pairing(one) for pair, one in found.items()}
+        for i, j in sorted(set(pairs) & found.keys()) if spec is not None else ():
+            matched.extend(matches(spec, i, j, found[i, j]))
         return found
 
     same_images = local_batches is None or not way.reads_images
-    matched = match(bases) if bases and same_images and not way.jointly else None
+    of_all = match(bases) if bases and same_images and not way.jointly else None
     merged = {}
     for i in bases:
-        permutations = match([i]) if matched is None else matched
-        moved = [
-            permute(spec, permutations[i, j], senders[j]) if (i, j) in permutations else senders[j] for j in sources[i]
-        ]
-        # Integer buffers come from agent i even where w_ii is 0, as in a bipartite graph of three.
+        found = match([i]) if of_all is None else of_all
+        moved = [permute(spec, found[i, j].permutations, senders[j]) if (i, j) in found else senders[j]
+                 for j in sources[i]]
         shares = weights[i, sources[i]].tolist()
-        own, *others = (_mixed(state) for state in (senders[i], *moved))
-        if robust == "none":
-            average = weighted_average([own, *others], [0, *shares])
-        else:
-            neighbours = [k for k, j in enumerate(sources[i]) if j != i]
-            average = robust_average(own, [others[k] for k in neighbours], [shares[k] for k in neighbours], robust)
-        merged[i] = senders[i] | average
-        if rescale:
+        merged[i] = senders[i] | _average(way, robust)([_mixed(s) for s in moved], shares, sources[i].index(i))
+        if repairs:
             merged[i] = repair(model, merged[i], moved, shares, images[i])
         if resets:
             merged[i] = reestimate(model, merged[i], images[i])
@@ -255,7 +206,7 @@ def merge(
             state = states[int(weights[i].argmax())]
             result[i] = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
                          for key, value in state.items()}
-    return result
+    return Merged(result, matched)
 
 
 def all_alike(weights: np.ndarray) -> bool:
@@ -263,114 +214,49 @@ def all_alike(weights: np.ndarray) -> bool:
     return len(weights) > 1 and np.allclose(weights, weights[0], rtol=0, atol=1e-9)
 
 
-def match_stats(spec: PermutationSpec, agent: int, neighbour: int, permutations: Permutations,
-                correlations: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """A row for each group, as in `merge`'s stats."""
-    for group, p in permutations.items():
+def matches(spec: PermutationSpec, agent: int, neighbour: int, pairing: Pairing) -> Iterator[Match]:
+    """A pairing of two agents' units, group by group."""
+    for group, p in pairing.permutations.items():
         if spec.members[group]:  # else blocks, which hold nothing but units of other groups
             moved = float((p.cpu() != torch.arange(len(p))).float().mean())
-            yield {"agent": agent, "neighbour": neighbour, "group": group, "units": len(p),
-                   "correlation": correlations.get(group), "moved": moved}
+            yield Match(agent, neighbour, group, len(p), pairing.correlations.get(group), moved)
+
+
+def _way(method: str, matching: Any, bn_reset: str, robust: str, lent: bool) -> tuple[Method, Any]:
+    """The method and what is set of it, once all of these are known to go together."""
+    for name, value, choices in (("merge method", method, METHODS), ("bn_reset", bn_reset, BN_RESETS),
+                                 ("robust", robust, ROBUST)):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    way = METHODS[method]
+    if way.aligned and not lent:
+        raise ValueError(f"method={method!r} averages models that are in one order of units: bring them into one "
+                         "(merging.common_basis.align or universe), and merge what comes out with lent=True; models as "
+                         "they are take method='WA'")
+    if matching is None or way.options is None:
+        matching = way.options and way.options()
+    elif not isinstance(matching, way.options):
+        raise ValueError(f"matching is a {type(matching).__name__}: method={method!r} takes a {way.options.__name__}")
+    if bn_reset == "repair" and robust != "none":
+        raise ValueError(f"bn_reset='repair' takes statistics of every model, hostile ones too: leave it out with "
+                         f"{robust=}")
+    if way.average is not weighted_average and robust != "none":
+        raise ValueError(f"method={method!r} averages in its own way: leave {robust=} out")
+    return way, matching
+
+
+def _average(way: Method, robust: str) -> Average:
+    """The method's average, or a robust one: (states, weights, own) -> state."""
+    if robust == "none":
+        return way.average
+
+    def average(states: Sequence[State], weights: Sequence[float], own: int) -> State:
+        others = [k for k in range(len(states)) if k != own]
+        return robust_average(states[own], [states[k] for k in others], [weights[k] for k in others], robust)
+
+    return average
 
 
 def _mixed(state: State) -> State:
     """What of a state dict is averaged."""
     return {key: value for key, value in state.items() if is_mixed(key, value)}
-
-
-def _model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None]]:
-    """The architecture and the agents' detached state dicts, checked against each other; None stays None."""
-    given = list(given)
-    if not given:
-        raise ValueError("merge needs at least one model")
-    for agent, one in enumerate(given):
-        if not isinstance(one, (nn.Module, Mapping, type(None))):
-            raise ValueError(f"agent {agent}'s model is a {type(one).__name__}: pass models or state dicts")
-    if model is None:
-        modules = [one for one in given if isinstance(one, nn.Module)]
-        if not modules:
-            raise ValueError("merge was given state dicts: pass the architecture as model= as well")
-        model = max(modules, key=lambda one: max((p.dtype.itemsize for p in one.parameters()), default=0))
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model= is a {type(model).__name__}: pass the architecture, an nn.Module")
-    states = [one.state_dict() if isinstance(one, nn.Module) else one for one in given]
-    expected = model.state_dict()
-    first = next((state for state in states if state is not None), expected)
-    for agent, state in enumerate(states):
-        if state is None:
-            continue
-        for key in [*expected, *state]:
-            if key not in state or key not in expected:
-                side = "lacks" if key not in state else "has an unexpected"
-                raise ValueError(f"agent {agent}'s model {side} {key!r}: all agents need the architecture of `model`")
-            if is_mixed(key, state[key]) or is_mixed(key, expected[key]):
-                _check_tensor(f"agent {agent}'s {key!r}", state[key], expected[key])
-                if state[key].device != first[key].device:
-                    raise ValueError(f"agent {agent}'s {key!r} is on {state[key].device}, another agent's on "
-                                     f"{first[key].device}: bring the models to one device")
-    return model, [None if state is None else {
-        key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items()
-    } for state in states]
-
-
-def _check_tensor(name: str, tensor: Any, expected: Any) -> None:
-    """Raises ValueError for what can't be averaged with tensors like `expected`, the model's own."""
-    for owner, value in ((name, tensor), (f"`model`'s tensor for {name}", expected)):
-        what = ("not a tensor" if not isinstance(value, Tensor) else
-                "not initialised (run the model on some images)" if is_lazy(value) else
-                "without values, on the meta device" if value.is_meta else
-                "quantised" if value.is_quantized or (value.is_floating_point() and value.dtype.itemsize == 1) else
-                "sparse or nested" if value.layout != torch.strided or value.is_nested else "")
-        if what:
-            raise ValueError(f"{owner} is {what}: dense tensors of numbers are needed")
-    if tensor.shape != expected.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, `model` has {tuple(expected.shape)}: all agents "
-                         "need the same architecture")
-    if any(kind(expected) and not kind(tensor) for kind in (torch.is_floating_point, torch.is_complex)):
-        raise ValueError(f"{name} is of {tensor.dtype}, `model`'s of {expected.dtype}, which is another kind of number")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} has NaN or infinite values: it has diverged, leave it out")
-
-
-def _mixing_matrix(weights: Any, num_agents: int) -> np.ndarray:
-    weights = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else weights
-    weights = np.asarray(weights, dtype=np.float64)
-    if weights.shape != (num_agents, num_agents):
-        expected = (num_agents, num_agents)
-        raise ValueError(f"the weights of {num_agents} models must have shape {expected}, not {weights.shape}")
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"weights must be finite and not negative; they range from {weights.min()} to {weights.max()}")
-    sums = weights.sum(axis=1)
-    worst = int(abs(sums - 1).argmax())
-    if abs(sums[worst] - 1) > 1e-6:
-        raise ValueError(f"each row of the weights must sum to 1; row {worst} sums to {sums[worst]:.6g}")
-    return weights
-
-
-def _images_per_agent(
-    batches: Batches | None, local_batches: Sequence[Batches | None] | None, num_agents: int, read: dict[int, str]
-) -> dict[int, Batches]:
-    """What each agent in `read` (agent -> which option reads them) reads: the shared batches or its own."""
-    if batches is not None and local_batches is not None:
-        raise ValueError("pass either batches or local_batches, not both")
-    if local_batches is not None and len(local_batches) != num_agents:
-        raise ValueError(f"local_batches needs one entry per agent: got {len(local_batches)} for {num_agents} agents")
-    images = {}
-    for agent, reader in read.items():
-        images[agent] = batches if local_batches is None else local_batches[agent]
-        name = "batches" if local_batches is None else f"local_batches[{agent}]"
-        if images[agent] is None:
-            raise ValueError(f"{reader} reads images, but {name} is None: pass some")
-        if isinstance(images[agent], Iterator):
-            raise ValueError(f"{name} is an iterator, which can be read only once: pass a list or another re-iterable")
-        if isinstance(images[agent], Mapping) or not (
-                hasattr(images[agent], "__iter__") or hasattr(images[agent], "__getitem__")):
-            raise ValueError(f"{name} is a {type(images[agent]).__name__}: pass a list of batches or a DataLoader")
-    return images
-
-
-def _first_image(batches: Batches, device: torch.device) -> Tensor:
-    for images in map(images_in, batches):
-        if len(images):
-            return images[:1].to(device)
-    raise ValueError("the batches hold no images: pass at least one batch")

@@ -5,11 +5,14 @@ features over the matching images is largest, one linear assignment problem per 
 Git Re-Basin, section 3.1).
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ Edge = tuple[int, int]
 Similarity = dict[str, Tensor]
 """Group -> (units, units), the higher the more alike."""
 
+READ_AT = ("last", "all")
+
 # Constant features still vary by a rounding error: a unit whose deviation is below this part of its mean is dead.
 DEAD = 1e-6
 
@@ -33,6 +38,74 @@ NOISE = 3.0
 # On a CPU features are worked through in slices that stay in its cache (256 KiB of float32): three times as fast as
 # whole batches for ResNet-20's first stage at width 1 (102,400 rows of 16 units, five models).
 SLICE = 2**16
+
+
+def favour_identity(spec: PermutationSpec, similarity: Similarity, images: int, at: str,
+                    weight: float = 1.0) -> Similarity:
+    """A similarity under which units leave their places only for a gain beyond the noise of the estimate.
+
+    A correlation from n independent samples has a standard error of at most 1 / sqrt(n), the difference of two at most
+    sqrt(2 / n); so a unit that stays is given NOISE of these at every place it is read at. Every image counts as one
+    sample, because the positions within it are not independent. weight: what `similarity` is a weighted sum over.
+    """
+    margin = weight * NOISE * math.sqrt(2 / images)
+    return {group: value + margin * max(len(spec.reads_at(group, at)), 1) * torch.eye(len(value), dtype=value.dtype)
+            for group, value in similarity.items()}
+
+
+def _as_it_is(spec: PermutationSpec, similarity: Similarity, images: int, at: str, weight: float = 1.0) -> Similarity:
+    return similarity
+
+
+PRIORS = {"none": _as_it_is, "identity": favour_identity}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the activations of two models are compared.
+
+    at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations are
+        summed over all its consumers' inputs.
+    memory: the bytes the pairs' accumulators may take (None: no limit). Where it is too small the pairs are taken in
+        blocks, with one pass over the images per block, which is announced.
+
+    Raises ValueError for another `at`.
+    """
+
+    at: str = "all"
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.at not in READ_AT:
+            raise ValueError(f"unknown at={self.at!r}: choose from {', '.join(READ_AT)}")
+
+
+@dataclass(frozen=True)
+class Matching(Comparison):
+    """How units are matched by activations: what is read, and a name in PRIORS: what speaks for a permutation besides.
+
+    Raises ValueError for another `at` or `prior`.
+    """
+
+    prior: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior not in PRIORS:
+            raise ValueError(f"unknown prior={self.prior!r}: choose from {', '.join(PRIORS)}")
+
+
+USUAL = Matching()
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """Which units of two models belong together: the permutations that take the second one's units to the first's
+    order, and, where activations were compared, group that is read -> mean correlation of the matched units over the
+    places it is read at."""
+
+    permutations: Permutations
+    correlations: Mapping[str, float] = field(default_factory=dict)
 
 
 class Correlation:
@@ -103,29 +176,20 @@ def match_activations(
     states: Sequence[State],
     edges: Iterable[Edge],
     batches: Batches,
-    *,
-    at: str = "all",
-    prior: str = "none",
-    match_memory: int | None = None,
-    correlations: dict[Edge, dict[str, float]] | None = None,
-) -> dict[Edge, Permutations]:
-    """Permutations between models from the correlation of their activations on the same images.
+    matching: Matching = USUAL,
+) -> dict[Edge, Pairing]:
+    """Matches pairs of models by the correlation of their activations on the same images.
 
     Arguments and errors: see `similarities`.
-    prior: a name in PRIORS: what speaks for a permutation besides the correlations.
-    correlations: filled with the mean correlation of the matched units, (i, j) with i < j -> group that is read -> mean
-        over its units and the places they are read at.
 
     Returns:
-        For every edge both (i, j), the permutations that take j's units to i's order, and (j, i), the inverse.
+        For every edge both (i, j), which takes j's units to i's order, and (j, i), the inverse.
     """
     matched = {}
-    for (i, j), similarity, images in similarities(spec, model, states, edges, batches, at=at,
-                                                   match_memory=match_memory):
-        taking = assign(spec, PRIORS[prior](spec, similarity, images, at))
-        if correlations is not None:
-            correlations[i, j] = mean_correlations(spec, similarity, taking, at)
-        matched[i, j], matched[j, i] = taking, invert(taking)
+    for (i, j), similarity, images in similarities(spec, model, states, edges, batches, matching):
+        taking = assign(spec, PRIORS[matching.prior](spec, similarity, images, matching.at))
+        correlations = mean_correlations(spec, similarity, taking, matching.at)
+        matched[i, j], matched[j, i] = Pairing(taking, correlations), Pairing(invert(taking), correlations)
     return matched
 
 
@@ -135,9 +199,7 @@ def similarities(
     states: Sequence[State],
     edges: Iterable[Edge],
     batches: Batches,
-    *,
-    at: str = "all",
-    match_memory: int | None = None,
+    comparison: Comparison = USUAL,
     names: Sequence[int] | None = None,
 ) -> Iterator[tuple[Edge, Similarity, int]]:
     """How alike the units of two models are: for every edge the correlations of their activations on the same images.
@@ -150,10 +212,7 @@ def similarities(
         states: one state dict per model.
         edges: pairs (i, j) of models; (i, j) and (j, i) are the same edge, which comes once, as i < j.
         batches: images (B, ...), or tuples that start with them; read once per block of edges.
-        at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations
-            are summed over all its consumers' inputs.
-        match_memory: the bytes the edges' accumulators may take (None: no limit). Where it is too small the edges are
-            taken in blocks, with one pass over the images per block, which is announced.
+        comparison: where features are read, and in how much memory.
         names: what errors call the models (None: their numbers).
 
     Yields (i, j), group -> (units, units), i's units by j's, on the CPU: what `assign` takes, and how many images there
@@ -166,13 +225,14 @@ def similarities(
     edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
     if not edges:
         return
-    reader = FeatureReader(model, spec, at, device_of(states[edges[0][0]]))
+    reader = FeatureReader(model, spec, comparison.at, device_of(states[edges[0][0]]))
     blocks_of_units = set(spec.blocks.values())
-    length = len(edges) if match_memory is None else max(1, match_memory // max(1, _bytes_per_edge(spec, at)))
+    per_edge, memory = _bytes_per_edge(spec, comparison.at), comparison.memory
+    length = len(edges) if memory is None else max(1, memory // max(1, per_edge))
     blocks = [edges] if length >= len(edges) else list(_blocks(edges, length))
     if len(blocks) > 1:
         say(
-            f"matching: the accumulators of {len(edges)} edges exceed match_memory={match_memory} bytes: "
+            f"matching: the accumulators of {len(edges)} edges exceed memory={memory} bytes: "
             f"taking them in {len(blocks)} blocks, one pass over the images each"
         )
     for block in blocks:
@@ -187,26 +247,6 @@ def mean_correlations(spec: PermutationSpec, similarity: Similarity, taking: Per
     """Group that is read -> mean correlation of the units that `taking` pairs, over the places it is read at."""
     return {group: float(value.gather(1, taking[group][:, None]).mean()) / len(spec.reads_at(group, at))
             for group, value in similarity.items() if spec.reads[group]}
-
-
-def favour_identity(spec: PermutationSpec, similarity: Similarity, images: int, at: str,
-                    weight: float = 1.0) -> Similarity:
-    """A similarity under which units leave their places only for a gain beyond the noise of the estimate.
-
-    A correlation from n independent samples has a standard error of at most 1 / sqrt(n), the difference of two at most
-    sqrt(2 / n); so a unit that stays is given NOISE of these at every place it is read at. Every image counts as one
-    sample, because the positions within it are not independent. weight: what `similarity` is a weighted sum over.
-    """
-    margin = weight * NOISE * math.sqrt(2 / images)
-    return {group: value + margin * max(len(spec.reads_at(group, at)), 1) * torch.eye(len(value), dtype=value.dtype)
-            for group, value in similarity.items()}
-
-
-def _as_it_is(spec: PermutationSpec, similarity: Similarity, images: int, at: str, weight: float = 1.0) -> Similarity:
-    return similarity
-
-
-PRIORS = {"none": _as_it_is, "identity": favour_identity}
 
 
 def _bytes_per_edge(spec: PermutationSpec, at: str) -> int:

@@ -17,7 +17,16 @@ import torch
 from scipy.sparse.csgraph import connected_components, shortest_path
 from torch import Tensor, nn
 
-from merging.activation_matching import PRIORS, Edge, Similarity, mean_correlations, similarities
+from merging.activation_matching import (
+    PRIORS,
+    USUAL,
+    Comparison,
+    Edge,
+    Matching,
+    Similarity,
+    mean_correlations,
+    similarities,
+)
 from merging.assignment import assign
 from merging.averaging import State
 from merging.batch_norm import Batches
@@ -34,31 +43,26 @@ def align(
     references: Sequence[State],
     weights: Sequence[float],
     batches: Batches,
-    *,
-    correlations: list[dict[str, float]] | None = None,
-    at: str = "all",
-    prior: str = "none",
-    match_memory: int | None = None,
+    matching: Matching = USUAL,
     names: Sequence[int] | None = None,
-) -> Permutations:
+) -> tuple[Permutations, list[dict[str, float]]]:
     """The permutations that take a model's units to the order of `references`, which agree on one.
 
-    They maximise the correlation with the references' units, summed over these with `weights`. `correlations` is filled
-    with each reference's, group -> mean over the matched units; prior: a name in PRIORS; names: of the references and
-    of the model, for errors; the rest as in `similarities`.
-    Raises ValueError as that does, and when there is no reference or not one weight for each.
+    They maximise the correlation with the references' units, summed over these with `weights`.
+    names: of the references and of the model, for errors; the rest as in `similarities`.
+
+    Returns the permutations and, for each reference, group -> mean correlation of the matched units.
+    Raises ValueError as `similarities` does, and when there is no reference or not one weight for each.
     """
     if not references or len(references) != len(weights):
         raise ValueError(f"align needs one weight for each reference: got {len(weights)} and {len(references)}")
     own = len(references)
     found = {edge[0]: (similarity, images) for edge, similarity, images in similarities(
-        spec, model, [*references, state], [(k, own) for k in range(own)], batches, at=at, match_memory=match_memory,
-        names=names)}
+        spec, model, [*references, state], [(k, own) for k in range(own)], batches, matching, names)}
     each = [found[k][0] for k in range(own)]
-    best = assign(spec, PRIORS[prior](spec, _weighted_sum(each, weights), found[0][1], at, sum(weights)))
-    if correlations is not None:
-        correlations += [mean_correlations(spec, similarity, best, at) for similarity in each]
-    return best
+    favour, images, at = PRIORS[matching.prior], found[0][1], matching.at
+    best = assign(spec, favour(spec, _weighted_sum(each, weights), images, at, sum(weights)))
+    return best, [mean_correlations(spec, similarity, best, at) for similarity in each]
 
 
 def universe(
@@ -66,26 +70,24 @@ def universe(
     model: nn.Module,
     states: Sequence[State],
     batches: Batches,
+    comparison: Comparison = USUAL,
     *,
     root: int = 0,
-    correlations: dict[Edge, dict[str, float]] | None = None,
-    at: str = "all",
-    match_memory: int | None = None,
     names: Sequence[int] | None = None,
-) -> list[Permutations]:
+) -> tuple[list[Permutations], dict[Edge, dict[str, float]]]:
     """For each model the permutations to one order of units, that of model `root`: cycle-consistent by construction.
 
     They (locally) maximise the correlation of matched units summed over all pairs of models: one model after the other
     is assigned to all the others as they stand, from a start where each is assigned to those before it, until a whole
     sweep improves none. The cycle-consistent matching of C2M3 (Crisostomi et al. 2024, arXiv 2405.17897), for
     activations, where the objective falls apart into groups, by alternating assignment instead of Frank-Wolfe.
-    `correlations` is filled with those of the pairs i < j; the rest as in `similarities`, but that the similarities of
-    all pairs are kept, whatever match_memory.
+    The arguments are those of `similarities`, but that the similarities of all pairs are kept, whatever the memory.
+
+    Returns the permutations and, for the pairs i < j, group -> mean correlation of the matched units.
     """
     pairs = list(itertools.combinations(range(len(states)), 2))
     found: dict[Edge, Similarity] = {}
-    for (i, j), similarity, _ in similarities(spec, model, states, pairs, batches, at=at, match_memory=match_memory,
-                                              names=names):
+    for (i, j), similarity, _ in similarities(spec, model, states, pairs, batches, comparison, names):
         found[i, j] = similarity
         found[j, i] = {group: value.T for group, value in similarity.items()}
     placed = {root: identity(spec)}
@@ -113,10 +115,8 @@ def universe(
                 placed[i], improved = better, True
     order = {group: torch.argsort(p) for group, p in placed[root].items()}
     result = [{group: p[order[group]] for group, p in placed[i].items()} for i in range(len(states))]
-    if correlations is not None:
-        for i, j in pairs:
-            correlations[i, j] = mean_correlations(spec, found[i, j], between(result[i], result[j]), at)
-    return result
+    return result, {(i, j): mean_correlations(spec, found[i, j], between(result[i], result[j]), comparison.at)
+                    for i, j in pairs}
 
 
 def between(mine: Permutations, theirs: Permutations) -> Permutations:

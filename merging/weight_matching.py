@@ -36,7 +36,7 @@ def match_weights(
         raise ValueError(f"max_iterations={max_iterations}: at least one sweep is needed")
     weights = [name for name in spec.tensors
                if is_mixed(name, state_a[name]) and name.rpartition(".")[2] not in _NOT_WEIGHTS]
-    matching = _Matching(spec, *({name: state[name].detach().cpu().double() for name in weights}
+    matching = _Descent(spec, *({name: state[name].detach().cpu().double() for name in weights}
                                  for state in (state_a, state_b)))
     groups = [group for group in spec.sizes if group not in spec.blocks]
     for group in groups:
@@ -51,7 +51,7 @@ def match_weights(
     return {group: matching.permutations[group] for group in spec.sizes}
 
 
-class _Matching:
+class _Descent:
     """The permutations so far of b's units, and which groups have had their turn."""
 
     def __init__(self, spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]):

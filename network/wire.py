@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from merging.averaging import State
+
 WIRES = ("fp32", "bf16", "fp16", "int8")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LEVELS = 127  # int8 codes are -127 ... 127

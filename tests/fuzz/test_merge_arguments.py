@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from merging import METHODS, merge
+from merging import BN_RESETS, METHODS, Matching, merge
+from merging.activation_matching import Comparison
 from tests.fuzz.damage import OF_TENSORS, WRONG, replaced
 
 IMAGES = [torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(k)) for k in range(2)]
@@ -30,7 +31,9 @@ ODD: dict[str, list[Any]] = {
                 [torch.zeros_like(IMAGES[0])], [IMAGES[0].to_sparse()], [IMAGES[0], IMAGES[1][:, :, :3]], range(3)],
     "local_batches": [5, [], [None, None], [IMAGES, None], [IMAGES], [IMAGES, [IMAGES[1][:0]]], "xy"],
     "model": [5, "resnet", nn.Linear(2, 2), nn.Identity(), {}, nn.Module(), nn.Sequential],
-    "match_memory": [0, -1, 1, 1e300, math.nan, "x", 2**80],
+    "spec": [5, "x", {}, []],
+    "matching": [5, "x", {}, Matching, Comparison(),
+                 *(Matching(memory=size) for size in (0, -1, 1, 1e300, math.nan, "x", 2**80))],
     "agents": [5, "x", [], [5], [-1], [0.5], [None], {0: 1}, [0, 0], [1], [True], ["0"]],
 }
 
@@ -48,9 +51,9 @@ SOUND = {"models_or_states": STATES, "model": MODELS[0], "weights": [[0.5, 0.5],
 @st.composite
 def odd_arguments(draw: st.DrawFn) -> dict[str, Any]:
     """Name -> which of its odd values, of one argument or two, and sound values of others."""
-    names = st.sampled_from([*ODD, "states", "method", "bn_reset", "match_at", "match_prior"])
-    chosen = {"method": draw(st.sampled_from([*METHODS])), "rescale": draw(st.booleans()),
-              "bn_reset": draw(st.sampled_from(["none", "after", "both"]))}
+    names = st.sampled_from([*ODD, "states", "method", "bn_reset", "robust", "lent"])
+    chosen = {"method": draw(st.sampled_from([*METHODS])), "lent": draw(st.booleans()),
+              "bn_reset": draw(st.sampled_from(BN_RESETS))}
     for name in draw(st.lists(names, min_size=1, max_size=2, unique=True)):
         ways = st.lists(st.integers(0, 20), min_size=1, max_size=3)
         chosen[name] = (draw(ways) if name == "states" else None, draw(st.integers(0, 10_000)))

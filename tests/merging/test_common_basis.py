@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from merging import METHODS, merge
-from merging.activation_matching import NOISE, favour_identity, match_activations, similarities
+from merging.activation_matching import (
+    NOISE,
+    Comparison,
+    Matching,
+    favour_identity,
+    match_activations,
+    similarities,
+)
 from merging.assignment import assign
 from merging.averaging import weighted_average
 from merging.batch_norm import reestimate
@@ -67,24 +74,22 @@ def test_permuted_copies_all_return_to_one_basis(spec, model):
     _, found = copies(spec, model.state_dict())
     for own in range(1, 4):
         references = [found[0], found[0]]
-        order = align(spec, model, found[own], references, [0.2, 0.5], images())
+        order, _ = align(spec, model, found[own], references, [0.2, 0.5], images())
         assert_same_states(permute(spec, order, found[own]), found[0])
 
 
 def test_identical_models_stay_as_they_are(spec, model):
     state = model.state_dict()
-    assert_same_permutations(align(spec, model, state, [state, state], [0.5, 0.5], images()), identity(spec))
-    for found in universe(spec, model, [state] * 3, images()):
+    assert_same_permutations(align(spec, model, state, [state, state], [0.5, 0.5], images())[0], identity(spec))
+    for found in universe(spec, model, [state] * 3, images())[0]:
         assert_same_permutations(found, identity(spec))
 
 
 def test_aligning_to_one_model_is_matching_it(spec, model, states):
     expected = match_activations(spec, model, states[:2], [(0, 1)], images())[0, 1]
-    rows: list[dict] = []
-    assert_same_permutations(align(spec, model, states[1], [states[0]], [0.3], images(), correlations=rows), expected)
-    correlations: dict = {}
-    match_activations(spec, model, states[:2], [(0, 1)], images(), correlations=correlations)
-    assert rows == [correlations[0, 1]]
+    found, correlations = align(spec, model, states[1], [states[0]], [0.3], images())
+    assert_same_permutations(found, expected.permutations)
+    assert correlations == [expected.correlations]
 
 
 def test_several_references_count_by_their_weights(spec, model, states):
@@ -92,17 +97,17 @@ def test_several_references_count_by_their_weights(spec, model, states):
     for heavy in (0, 1):
         weights = [1e-9, 1e-9]
         weights[heavy] = 1.0
-        found = align(spec, model, states[2], states[:2], weights, images())
-        assert_same_permutations(found, align(spec, model, states[2], [states[heavy]], [1.0], images()))
+        found, _ = align(spec, model, states[2], states[:2], weights, images())
+        assert_same_permutations(found, align(spec, model, states[2], [states[heavy]], [1.0], images())[0])
 
 
 @pytest.mark.parametrize("way", ["align", "universe"])
 def test_what_an_agent_computes_does_not_change(spec, model, states, way):
     x = images(5)[0]
     if way == "align":
-        found = [align(spec, model, state, [states[0]], [1.0], images()) for state in states]
+        found = [align(spec, model, state, [states[0]], [1.0], images())[0] for state in states]
     else:
-        found = universe(spec, model, states, images())
+        found, _ = universe(spec, model, states, images())
     assert any(not torch.equal(p, torch.arange(len(p))) for p in found[1].values())
     for state, order in zip(states, found, strict=True):
         model.load_state_dict(state)
@@ -131,7 +136,7 @@ def test_errors_name_the_agents(spec, model, states):
 @pytest.mark.parametrize("root", [0, 2])
 def test_a_universe_brings_copies_to_the_roots_basis(spec, model, root):
     _, found = copies(spec, model.state_dict())
-    for order, state in zip(universe(spec, model, found, images(), root=root), found, strict=True):
+    for order, state in zip(universe(spec, model, found, images(), root=root)[0], found, strict=True):
         assert_same_states(permute(spec, order, state), found[root])
 
 
@@ -147,31 +152,34 @@ def pairs_total(spec, model, states, permutations) -> float:
 
 def test_a_universe_is_better_over_all_pairs_than_any_reference(spec, model, states):
     states = states[:3]
-    together = pairs_total(spec, model, states, universe(spec, model, states, images()))
+    together = pairs_total(spec, model, states, universe(spec, model, states, images())[0])
     for root in range(3):
-        to_root = [identity(spec) if k == root else align(spec, model, states[k], [states[root]], [1.0], images())
+        to_root = [identity(spec) if k == root else align(spec, model, states[k], [states[root]], [1.0], images())[0]
                    for k in range(3)]
         assert together > pairs_total(spec, model, states, to_root)
 
 
 @pytest.mark.parametrize("root", [0, 2])
 def test_in_a_universe_no_model_alone_can_do_better(spec, model, states, root):
-    found = universe(spec, model, states, images(), root=root)
+    found, _ = universe(spec, model, states, images(), root=root)
     assert_same_permutations(found[root], identity(spec))
     placed = [permute(spec, order, state) for order, state in zip(found, states, strict=True)]
     for i, state in enumerate(placed):
         others = placed[:i] + placed[i + 1 :]
-        assert_same_permutations(align(spec, model, state, others, [1.0] * 3, images()), identity(spec))
+        assert_same_permutations(align(spec, model, state, others, [1.0] * 3, images())[0], identity(spec))
 
 
 def test_a_universe_of_two_is_the_matching(spec, model, states):
     expected = match_activations(spec, model, states[:2], [(0, 1)], images())[0, 1]
-    assert_same_permutations(universe(spec, model, states[:2], images())[1], expected)
+    (_, found), correlations = universe(spec, model, states[:2], images())
+    assert_same_permutations(found, expected.permutations)
+    assert correlations == {(0, 1): expected.correlations}
 
 
 def test_c2m3_matches_without_contradictions(spec, model, states):
-    found = METHODS["C2M3"].match(spec, model, states, [(0, 1), (1, 2), (2, 0)], images(), at="all", match_memory=None,
-                                  correlations={})
+    found = METHODS["C2M3"].match(spec, model, states, [(0, 1), (1, 2), (2, 0)], images(),
+                                  matching=Comparison())
+    found = {pair: one.permutations for pair, one in found.items()}
     for group in spec.sizes:
         around = found[0, 1][group][:, None]
         around = found[1, 2][group][around]
@@ -207,7 +215,7 @@ def test_c2m3_of_permuted_copies_gives_the_model_back(spec, model, weights):
 def test_a_common_basis_keeps_what_the_copies_compute(spec, model):
     """Once aligned, a plain average of permuted copies is the model."""
     _, found = copies(spec, model.state_dict())
-    aligned = [found[0], *(permute(spec, align(spec, model, s, [found[0]], [1.0], images()), s) for s in found[1:])]
+    aligned = [found[0], *(permute(spec, align(spec, model, s, [found[0]], [1.0], images())[0], s) for s in found[1:])]
     average = weighted_average(aligned, [0.25] * 4)
     torch.testing.assert_close(average, found[0])
     plain = weighted_average(found, [0.25] * 4)
@@ -238,13 +246,13 @@ def test_units_leave_their_places_for_more_than_noise_only():
 
 def test_the_prior_does_not_hide_a_clear_permutation(spec, model):
     order, found = copies(spec, model.state_dict(), 2)
-    matched = match_activations(spec, model, found, [(0, 1)], images(), prior="identity")
-    assert_same_permutations(matched[0, 1], invert(order[1]))
+    matched = match_activations(spec, model, found, [(0, 1)], images(), Matching(prior="identity"))
+    assert_same_permutations(matched[0, 1].permutations, invert(order[1]))
 
 
 def test_the_prior_keeps_more_units_of_unlike_models_in_their_places(spec, model, states):
     def stay(prior):
-        found = match_activations(spec, model, states[:2], [(0, 1)], images(), prior=prior)[0, 1]
+        found = match_activations(spec, model, states[:2], [(0, 1)], images(), Matching(prior=prior))[0, 1].permutations
         return sum(int((p == torch.arange(len(p))).sum()) for p in found.values())
 
     assert stay("identity") > stay("none")

@@ -2,6 +2,7 @@
 
 import copy
 from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import merging
-from merging import merge
+from merging import METHODS, Matching, Pairing, merge, register_method
+from merging.activation_matching import Comparison
 from merging.averaging import weighted_average
 from merging.batch_norm import reestimate
 from merging.permutation import derive_spec, permute, random_permutations
 from models import build_model
 
 BATCH, BATCHES = 4, 3
+WAYS = [name for name, way in METHODS.items() if not way.aligned]
 RING5 = [[1 / 3 if (i - j) % 5 in (0, 1, 4) else 0.0 for j in range(5)] for i in range(5)]
 
 
@@ -133,7 +136,7 @@ def test_equal_states_average_to_themselves():
 def test_for_fixed_permutations_a_merge_is_linear(spec, monkeypatch):
     fixed = {(i, j): random_permutations(spec, torch.Generator().manual_seed(10 * i + j))
              for i in range(3) for j in range(3)}
-    monkeypatch.setitem(merging.METHODS, "FIXED", merging.Method(lambda *_, **__: fixed, True, False))
+    monkeypatch.setitem(merging.METHODS, "FIXED", merging.Method(lambda *_, **__: fixed))
     weights = [[0.5, 0.2, 0.3], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4]]
 
     def run(states):
@@ -214,7 +217,7 @@ def test_a_unit_row_is_untouched_and_costs_nothing(spec, counted, bn_reset):
 
 def test_agents_on_their_own_read_nothing():
     models = nets(2)
-    for method in merging.METHODS:
+    for method in WAYS:
         merged = merge(models, torch.eye(2), method, Forbidden())
         assert_same(merged[1], models[1].state_dict(), rtol=0, atol=0)
 
@@ -240,7 +243,7 @@ def test_local_images_serve_their_agent_only(spec):
 def test_every_agent_matches_its_own_edges_on_its_own_images(spec, monkeypatch):
     calls = []
     monkeypatch.setitem(merging.METHODS, "RECORD", merging.Method(
-        lambda spec, model, states, pairs, batches, **_: calls.append((pairs, batches)) or {}, True, True))
+        lambda spec, model, states, pairs, batches, **_: calls.append((pairs, batches)) or {}, reads_images=True))
     own = [images(seed) for seed in range(3)]
     path = [[0.5, 0.5, 0], [0.2, 0.4, 0.4], [0, 0.5, 0.5]]
     merge(nets(3), path, "RECORD", local_batches=own, spec=spec, bn_reset="none")
@@ -261,6 +264,84 @@ def test_the_merged_model_is_reset_on_its_agents_images(spec):
     merged = merge(models, [[0.5, 0.5], [0.4, 0.6]], "WA", local_batches=own, spec=spec)
     for state, data in zip(merged, own, strict=True):
         assert_same(state, reestimate(Net(), state, data), rtol=0, atol=0)
+
+
+# What a method brings
+
+
+@pytest.fixture
+def registered():
+    """What is registered within a test is forgotten after it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_a_method_gets_what_is_set_of_it(spec, registered):
+    @dataclass(frozen=True)
+    class Turning(Matching):
+        turn: int = 1
+
+    @register_method("TURN", options=Turning)
+    def turn(spec, model, states, pairs, batches, *, matching):
+        return {pair: {group: torch.arange(size).roll(matching.turn) for group, size in spec.sizes.items()}
+                for pair in pairs}
+
+    assert METHODS["TURN"].option_names == ("at", "memory", "prior", "turn")
+    states = [net.state_dict() for net in nets(2)]
+    for matching, turned in ((None, 1), (Turning(turn=2), 2), (Turning(turn=0), 0)):
+        merged = merge(states, HALVES, "TURN", model=Net(), spec=spec, bn_reset="none", matching=matching)
+        expected = 0.5 * states[0]["first.bias"] + 0.5 * states[1]["first.bias"].roll(turned)
+        torch.testing.assert_close(merged[0]["first.bias"], expected)
+    with pytest.raises(ValueError, match="matching is a Matching: method='TURN' takes a Turning"):
+        merge(states, HALVES, "TURN", model=Net(), spec=spec, bn_reset="none", matching=Matching())
+
+
+def test_a_method_may_average_in_its_own_way(spec, registered):
+    """Which gets the models in the agent's order of units, and says what comes out; BatchNorm is reset as ever."""
+    def largest(states, weights, own):
+        assert weights == [[0.5, 0.5], [0.4, 0.6]][own]
+        return {key: torch.maximum(states[0][key], states[1][key]) for key in states[own]}
+
+    @register_method("LARGEST", average=largest)
+    def swap(spec, model, states, pairs, batches, *, matching):
+        assert matching is None
+        return {pair: Pairing({group: torch.arange(size).flip(0) for group, size in spec.sizes.items()}, {"norm": 0.25})
+                for pair in pairs}
+
+    states = [net.state_dict() for net in nets(2)]
+    merged = merge(states, HALVES, "LARGEST", images(), model=Net(), spec=spec, bn_reset="after")
+    for own, other, result in zip(states, states[::-1], merged, strict=True):
+        assert torch.equal(result["first.bias"], torch.maximum(own["first.bias"], other["first.bias"].flip(0)))
+        assert_same(result, reestimate(Net(), result, images()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="'LARGEST' averages in its own way: leave robust='median' out"):
+        merge(states, HALVES, "LARGEST", model=Net(), spec=spec, bn_reset="none", robust="median")
+
+
+def test_an_aligned_method_wants_to_hear_that_the_models_are_aligned():
+    """Else it would be plain averaging under another name."""
+    models = nets(2)
+    with pytest.raises(ValueError, match=r"method='COMMON' averages .*common_basis\.align.* lent=True.* method='WA'"):
+        merge(models, HALVES, "COMMON", images())
+    merged, average = (merge(models, HALVES, method, images(), lent=True) for method in ("COMMON", "WA"))
+    assert_same(merged[1], average[1], rtol=0, atol=0)
+
+
+def test_lent_models_are_not_prepared_again(spec, counted):
+    """What `outgoing` does at their owners' is all that bn_reset does before the merge."""
+    models = nets(3)
+    path = [[0.5, 0.5, 0], [0.2, 0.4, 0.4], [0, 0.5, 0.5]]
+    for bn_reset in merging.BN_RESETS:
+        whole = merge(models, path, "DIMAT", images(), spec=spec, bn_reset=bn_reset)
+        lent = [merging.outgoing(model, model.state_dict(), images(), bn_reset, compared=True) for model in models]
+        counted.clear()
+        parts = merge(lent, path, "DIMAT", images(), model=Net(), spec=spec, bn_reset=bn_reset, lent=True)
+        if bn_reset != "repair":
+            assert [counted[key_of(model.state_dict())] for model in models] == [BATCH * BATCHES] * 3  # matching
+        assert parts.matches == whole.matches
+        for one, other in zip(parts, whole, strict=True):
+            assert_same(one, other, rtol=0, atol=0)
 
 
 # Nothing that is passed in changes
@@ -299,9 +380,9 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"weights": [[1.5, -0.5], [0.5, 0.5]]}, "not negative"),
         ({"weights": [[float("nan"), 0.5], [0.5, 0.5]]}, "finite"),
         ({"weights": [[0.5, 0.5], [0.5, 0.4]]}, "row 1 sums to 0.9"),
+        ({"matching": Comparison()}, "matching is a Comparison: method='DIMAT' takes a Matching"),
         ({"method": "XYZ"}, "'XYZ': choose from DIMAT, WM, C2M3, WA, COMMON"),
-        ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both"),
-        ({"match_at": "first"}, "'first': choose from last, all"),
+        ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both, repair"),
         ({"batches": None, "bn_reset": "none"}, "method='DIMAT'.*batches is None"),
         ({"batches": None, "method": "WA"}, "bn_reset='both'.*batches is None"),
         ({"batches": None, "local_batches": [[torch.ones(1)], None]}, r"local_batches\[1\] is None"),
@@ -320,6 +401,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"agents": [7]}, r"agents=\[7\]: there are agents 0 to 1"),
         ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
         ({"model": "resnet20"}, "model= is a str: pass the architecture"),
+        ({"spec": {}}, "spec= is a dict: pass what derive_spec returns"),
         ({"models_or_states": [None, *nets(2)], "weights": [[0, 0.5, 0.5]] * 3, "agents": [1]},
          "agent 0 merges others' models, in the order of its own, which is None"),
         ({"batches": 5}, "batches is a int: pass a list of batches"),
@@ -345,7 +427,7 @@ ODD = {
 
 @pytest.mark.filterwarnings("ignore:.*(quantiz|nested tensors|Sparse)")
 @pytest.mark.parametrize("kind", ODD)
-@pytest.mark.parametrize("method", merging.METHODS)
+@pytest.mark.parametrize("method", WAYS)
 def test_tensors_that_cannot_be_averaged_are_named(kind, method):
     states = [net.state_dict() for net in nets(2)]
     states[1]["head.weight"] = ODD[kind](states[1]["head.weight"])
@@ -387,7 +469,7 @@ WRAPS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "WA", "rescale": True}])
+@pytest.mark.parametrize("options", [{}, {"method": "WA", "bn_reset": "repair"}])
 def test_batches_hold_images_in_one_of_these_ways(spec, options):
     models = nets(2)
     expected = merge(models, HALVES, batches=images(), spec=spec, **options)
@@ -402,7 +484,7 @@ def test_batches_hold_images_in_one_of_these_ways(spec, options):
     ({"image": "cat.png"}, "the images of a batch are of type str: a batch is a tensor of images"),
     ([], "of type list"), ((3, torch.ones(2, 2, 8, 8)), "of type int"), (torch.tensor(1.0), "a single number"),
 ])
-@pytest.mark.parametrize("options", [{}, {"method": "WA"}, {"method": "WA", "bn_reset": "none", "rescale": True}])
+@pytest.mark.parametrize("options", [{}, {"method": "WA"}, {"method": "WA", "bn_reset": "repair"}])
 def test_batches_without_images_are_refused(batch, message, options):
     with pytest.raises(ValueError, match=message):
         merge(nets(2), HALVES, batches=[batch], **options)
@@ -410,8 +492,8 @@ def test_batches_without_images_are_refused(batch, message, options):
 
 def test_empty_batches_are_left_out(spec):
     nothing = torch.ones(0, 2, 8, 8)
-    merged = merge(nets(2), HALVES, batches=[nothing, *images(), nothing], rescale=True)
-    assert_same(merged[0], merge(nets(2), HALVES, batches=images(), rescale=True)[0], rtol=0, atol=0)
+    merged = merge(nets(2), HALVES, batches=[nothing, *images(), nothing], bn_reset="repair")
+    assert_same(merged[0], merge(nets(2), HALVES, batches=images(), bn_reset="repair")[0], rtol=0, atol=0)
     with pytest.raises(ValueError, match="no images"):
         merge(nets(2), HALVES, batches=[nothing], spec=spec)
 
@@ -435,7 +517,24 @@ def test_a_module_under_two_names_is_merged_once_and_the_same(method):
         models[0].load_state_dict(state)
 
 
-def test_stats_say_how_well_units_matched_and_how_many_moved():
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"at": "first"}, "at='first': choose from last, all"),
+    ({"prior": "strong"}, "'strong': choose from none, identity"),
+])
+def test_what_cannot_be_set_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Matching(**arguments)
+
+
+def test_the_result_is_a_sequence_of_models():
+    models = nets(3)
+    merged = merge(models, [[0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5]], "WM", images(), agents=[0])
+    assert len(merged) == 3 and merged[0] is merged.states[0] and merged[1:] == [None, None]
+    assert [state is not None for state in merged] == [True, False, False]
+    assert {(match.agent, match.neighbour) for match in merged.matches} == {(0, 1)}
+
+
+def test_matches_say_how_well_units_matched_and_how_many_moved():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     state = model.state_dict()
@@ -443,13 +542,12 @@ def test_stats_say_how_well_units_matched_and_how_many_moved():
                                                            "2": torch.tensor([4, 3, 2, 1, 0])}, state)
     images = [torch.randn(200, 4)]
     for method in ("DIMAT", "WM", "WA"):
-        stats = []
-        merge([state, moved], [[0.5, 0.5], [0.4, 0.6]], method=method, batches=images, model=model, stats=stats)
-        rows = [(row["agent"], row["neighbour"], row["group"], row["units"], row["moved"]) for row in stats]
+        matches = merge([state, moved], [[0.5, 0.5], [0.4, 0.6]], method=method, batches=images, model=model).matches
+        rows = [(match.agent, match.neighbour, match.group, match.units, match.moved) for match in matches]
         if method == "WA":
             assert not rows
             continue
         assert rows == [(i, 1 - i, group, units, pytest.approx(share))
                         for i in range(2) for group, units, share in (("0", 6, 2 / 6), ("2", 5, 4 / 5))]
         expected = 1.0 if method == "DIMAT" else None
-        assert all(row["correlation"] == (pytest.approx(expected) if expected else None) for row in stats)
+        assert all(match.correlation == (pytest.approx(expected) if expected else None) for match in matches)

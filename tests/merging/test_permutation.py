@@ -203,7 +203,7 @@ def assert_recovered(model, spec, state, inputs):
     wrong = [group for group, p in permutations.items() if not torch.equal(found[group], p)]
     assert not wrong, f"weights: {len(wrong)} of {len(permutations)} groups"
     if len(inputs) == 1:
-        found = match_activations(spec, model, [state, moved], [(0, 1)], [inputs[0]])[0, 1]
+        found = match_activations(spec, model, [state, moved], [(0, 1)], [inputs[0]])[0, 1].permutations
         # Units that are dead on all images, or alike, may be confused: the outputs show whether any other was.
         expected = outputs(model, state, inputs)
         assert relative_error(model, permute(spec, found, moved), inputs, expected) < 1e-9

@@ -43,7 +43,7 @@ def test_blocks_are_assigned_by_the_best_pairing_within_each_pair():
 def test_a_group_that_nothing_reads_while_evaluating_stays_as_it_is():
     model, spec, state, inputs = case("Auxiliary")
     matched = match_activations(spec, model, [state, state], [(0, 1)], [inputs[0]])
-    assert not spec.reads["aux.0"] and torch.equal(matched[0, 1]["aux.0"], torch.arange(7))
+    assert not spec.reads["aux.0"] and torch.equal(matched[0, 1].permutations["aux.0"], torch.arange(7))
 
 
 def test_best_is_the_best_assignment():

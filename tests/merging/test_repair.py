@@ -184,7 +184,7 @@ def test_merge_repairs_permuted_parents():
     """In merge; the mean over the units doesn't depend on their order."""
     batches, given = images(sizes=(100,)), states()
     weights = [[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [1 / 3] * 3]
-    merged = merge(given, weights, "DIMAT", batches, model=plain(), bn_reset="none", rescale=True)
+    merged = merge(given, weights, "DIMAT", batches, model=plain(), bn_reset="repair")
     shrunk = merge(given, weights, "DIMAT", batches, model=plain(), bn_reset="none")
     for i in range(3):
         of_parents = [moments(plain(), state, "2", batches)[1].mean() for state in given]
@@ -193,8 +193,8 @@ def test_merge_repairs_permuted_parents():
         assert moments(plain(), shrunk[i], "2", batches)[1].mean() < 0.8 * goal
     spec = derive_spec(plain(), batches[0])
     copies = [given[0], permute(spec, random_permutations(spec, torch.Generator().manual_seed(0)), given[0])]
-    same = merge(copies, [[0.7, 0.3], [0.4, 0.6]], "DIMAT", batches, model=plain(), bn_reset="none", rescale=True)
+    same = merge(copies, [[0.7, 0.3], [0.4, 0.6]], "DIMAT", batches, model=plain(), bn_reset="repair")
     for merged, expected in zip(same, copies, strict=True):  # once permuted, the parents are identical
         torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="rescale=True reads images"):
-        merge(given, weights, "WA", model=plain(), bn_reset="none", rescale=True)
+    with pytest.raises(ValueError, match="bn_reset='repair' reads images"):
+        merge(given, weights, "WA", model=plain(), bn_reset="repair")

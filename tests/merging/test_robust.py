@@ -102,8 +102,8 @@ def test_a_single_neighbour_is_averaged_and_equal_models_stay(robust):
 
 
 def test_what_does_not_go_together_is_said():
-    with pytest.raises(ValueError, match="rescale takes statistics of every model"):
-        merge(agents(False), ALL, "WA", model=network(), bn_reset="none", robust="clip", rescale=True)
+    with pytest.raises(ValueError, match="bn_reset='repair' takes statistics of every model"):
+        merge(agents(False), ALL, "WA", model=network(), bn_reset="repair", robust="clip")
     with pytest.raises(ValueError, match="unknown robust 'mean'"):
         merge(agents(False), ALL, "WA", model=network(), bn_reset="none", robust="mean")
 
