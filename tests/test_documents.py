@@ -127,7 +127,8 @@ def parses(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
-        importlib.import_module(module).main()
+        package = (ROOT / module / "__main__.py").exists()
+        importlib.import_module(f"{module}.__main__" if package else module).main()
 
 
 @pytest.mark.parametrize("document, module, arguments", COMMANDS,
@@ -227,8 +228,9 @@ def by_hand(names: dict) -> None:
 
 
 def five_states(names: dict) -> None:
-    assert len(names["states"]) == 5
-    for model, state in zip(names["models"], names["states"], strict=True):
+    merged = names["merged"]
+    assert len(merged.states) == 5 and {(match.agent, match.neighbour) for match in merged.matches} >= {(0, 1), (4, 0)}
+    for model, state in zip(names["models"], merged, strict=True):
         model.load_state_dict(state)
 
 
