@@ -1,6 +1,6 @@
 """A spec from a model, derived by watching it run, or given by hand; checked in either case.
 
-`merging.tracing` follows the units from tensor to tensor, `merging.units` concludes which of them can trade places.
+`merging.trace` follows the units from tensor to tensor, `merging.units` concludes which of them can trade places.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from merging.rules import RULES
 from merging.running import is_mixed, own_copy, run
 from merging.spec import Member, PermutationSpec, Read
-from merging.tracing import Source, Trace, UnsupportedOperation, Watch, tensors_of, tensors_within
+from merging.trace import Source, Trace
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
 from merging.verification import Example, samples, verify
+from merging.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
 
 
 def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> PermutationSpec:
@@ -94,7 +96,7 @@ def _watch(model: nn.Module, inputs: tuple, units: Units, names: dict[int, str],
            state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
-    trace = Trace(units, names, state, grouped, tensors_of(attributes))
+    trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
     for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
     for tensor in tensors_within(run(model, *inputs, within=trace, what="an example")):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from merging.running import Slots, own_copy, run
 from merging.spec import PermutationSpec, Read
-from merging.tracing import Recorder
+from merging.watch import Recorder
 
 
 def read_units(x: Tensor, read: Read) -> Tensor:

@@ -24,8 +24,8 @@ from merging.spec import (
     permute_tensor,
     random_permutations,
 )
-from merging.tracing import UnsupportedOperation
 from merging.verification import verify
+from merging.watch import UnsupportedOperation
 
 __all__ = ["FeatureReader", "Member", "PermutationSpec", "Permutations", "Read", "UnsupportedOperation", "derive_spec",
            "describe", "identity", "invert", "nest", "permute", "permute_tensor", "random_permutations", "read_units",

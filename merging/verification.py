@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run
 from merging.spec import PermutationSpec, identity, permute, random_permutations
-from merging.tracing import tensors_within
+from merging.watch import tensors_within
 
 Example = Tensor | Sequence[Any]
 
