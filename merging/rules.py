@@ -1,6 +1,7 @@
-"""What torch's functions do to units: a rule for each, (trace, call) -> the layouts of the results.
+"""What torch's functions do to units: a rule for each, (trace, call, its arguments) -> the layouts of the results.
 
-A rule joins, moves or reduces the layouts of its operands, notes what is read, and raises NoRule where it doesn't cover
+A rule names the arguments it needs as torch does, in torch's order, so that Python binds them however they were passed.
+It joins, moves or reduces the layouts of its operands, notes what is read, and raises NoRule where it doesn't cover
 a case. Adding a function is adding a rule.
 """
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from merging.functions import ELEMENTWISE, MOVE_SEVERAL, MOVES, REDUCE
 from merging.trace import NoRule, Rule, Trace, along, here
 from merging.units import RANKS, Layout, Shape, varied
-from merging.watch import Call, function_name, tensors_of
+from merging.watch import Call, tensors_of
 
 RULES: dict[str, Rule] = {}
 
@@ -32,7 +33,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 @rule(*ELEMENTWISE)
-def _elementwise(trace: Trace, call: Call) -> list[Layout]:
+def _elementwise(trace: Trace, call: Call, *_: Any, **__: Any) -> list[Layout]:
     shape = tuple(call.results[0].shape)
     first = [t for t in call.tensors if trace.name(t) is None or trace.name(t) in trace.state]
     fresh = [t for t in call.tensors if not any(t is other for other in first)]
@@ -54,65 +55,84 @@ def _dims(given: Any, rank: int) -> list[int]:
     return [d % max(rank, 1) for d in (given if isinstance(given, (tuple, list)) else [given])]
 
 
-@rule(*REDUCE)
-def _reduce(trace: Trace, call: Call) -> list[Layout]:
-    x = call.args[0]
+@rule(*REDUCE - {"norm"})
+def _reduce(trace: Trace, call: Call, input: Tensor, dim: Any = None, *_: Any, **__: Any) -> list[Layout]:
     if len(call.tensors) > 1:
         if call.name in ("max", "min"):
             return _elementwise(trace, call)
         raise NoRule
-    given = call.argument(2 if call.name == "norm" else 1, "dim", call.kwargs.get("axis"))
-    if isinstance(given, bool):  # std(unbiased)
-        given = None
-    dims = _dims(given, x.ndim)
-    keep = all(result.ndim == x.ndim for result in call.results)
+    dims = _dims(None if isinstance(dim, bool) else dim, input.ndim)  # std(unbiased)
     if call.name in ("max", "min", "median") and len(call.results) > 1:  # and where they were found
-        trace.plain(x, dims, call.name + here())
-    for labels in trace.layout(x):
+        trace.plain(input, dims, call.name + here())
+    for labels in trace.layout(input):
         if varied(labels) & set(dims) and varied(labels) - set(dims):
-            trace.read(call, x, labels, call.name)  # maxout: only a part of the units in a block may count
-    layout = trace.units.reduce(trace.layout(x), dims, keepdim=True)
-    if not keep:
-        layout = tuple(labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims]) for labels in layout)
-    return [layout] * len(call.results)
+            trace.read(call, input, labels, call.name)  # maxout: only a part of the units in a block may count
+    keepdim = call.results[0].ndim == input.ndim
+    return [trace.units.reduce(trace.layout(input), dims, keepdim)] * len(call.results)
 
 
-@rule("softmax log_softmax softmin normalize")
-def _normalise(trace: Trace, call: Call) -> list[Layout]:
+@rule("norm")
+def _norm(trace: Trace, call: Call, input: Tensor, p: Any = "fro", dim: Any = None, *_: Any, **__: Any) -> list[Layout]:
+    return _reduce(trace, call, input, dim)
+
+
+@rule("softmax log_softmax softmin")
+def _softmax(trace: Trace, call: Call, input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> list[Layout]:
     """What is said of an entry depends on all entries along a dimension, in whatever order."""
-    x = call.args[0]
-    given = call.argument(2, "dim", 1) if call.name == "normalize" else call.argument(1, "dim")
-    trace.units.reduce(trace.layout(x), _dims(given, x.ndim))
-    return [trace.layout(x)]
+    trace.units.reduce(trace.layout(input), _dims(dim, input.ndim))
+    return [trace.layout(input)]
 
 
-@rule("argmax argmin cumsum cumprod cummax cummin sort argsort topk kthvalue mode logcumsumexp")
-def _along_a_dimension(trace: Trace, call: Call) -> list[Layout]:
+@rule("normalize")
+def _normalize(trace: Trace, call: Call, input: Tensor, p: float = 2, dim: Any = 1, *_: Any, **__: Any) -> list[Layout]:
+    return _softmax(trace, call, input, dim)
+
+
+@rule("cumsum cumprod cummax cummin logcumsumexp sort argsort mode")
+def _in_order(trace: Trace, call: Call, input: Tensor, dim: int | None = -1, *_: Any, **__: Any) -> list[Layout]:
     """The order of the entries along the dimension counts: it must hold no units."""
-    x = call.args[0]
-    default = None if call.name in ("argmax", "argmin") else -1
-    at = 2 if call.name in ("topk", "kthvalue") else 1
-    dims = _dims(call.argument(at, "dim", call.kwargs.get("axis", default)), x.ndim)
-    layout = trace.plain(x, dims, call.name + here())
-    keep = call.results[0].ndim == x.ndim
-    if not keep:
-        layout = tuple(labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims]) for labels in layout)
-    return [layout] * len(call.results)
+    dims = _dims(dim, input.ndim)
+    layout = trace.plain(input, dims, call.name + here())
+    keepdim = call.results[0].ndim == input.ndim
+    return [trace.units.reduce(layout, dims, keepdim)] * len(call.results)
 
 
-@rule(*MOVES)
-def _move(trace: Trace, call: Call) -> list[Layout]:
+@rule("argmax argmin")
+def _argmax(trace: Trace, call: Call, input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> list[Layout]:
+    return _in_order(trace, call, input, dim)
+
+
+@rule("topk kthvalue")
+def _topk(trace: Trace, call: Call, input: Tensor, k: int, dim: int = -1, *_: Any, **__: Any) -> list[Layout]:
+    return _in_order(trace, call, input, dim)
+
+
+@rule("cat concat concatenate")
+def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> list[Layout]:
+    return _move(trace, call, only=dim)
+
+
+@rule("chunk")
+def _chunk(trace: Trace, call: Call, input: Tensor, chunks: int, dim: int = 0) -> list[Layout]:
+    return _move(trace, call, only=dim)
+
+
+@rule(*MOVES - {"cat", "concat", "concatenate", "chunk"})
+def _move(trace: Trace, call: Call, *_: Any, only: int | None = None, **__: Any) -> list[Layout]:
+    """Entries go elsewhere, all along the dimension `only` if that is given."""
     leaves, structure = tree_flatten((call.args, call.kwargs))
     data = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
             and (leaf.is_floating_point() or leaf in trace.layouts)]
     if call.name not in MOVE_SEVERAL:
-        data = [n for n in data if leaves[n] is call.tensors[0]][:1]
+        moved = call.keywords.get("input", call.tensors[0])
+        data = [n for n in data if leaves[n] is moved][:1]
     if call.name == "view" and any(isinstance(leaf, torch.dtype) for leaf in leaves):
         raise NoRule
     indices = [leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and n not in data
                and trace.is_activation(leaf)]
     if any(map(trace.layout, indices)) or not data:
         raise NoRule
+
     def function(numbers: list[Tensor]) -> list[Tensor]:
         replaced = list(leaves)
         for n, number in zip(data, numbers, strict=True):
@@ -121,10 +141,9 @@ def _move(trace: Trace, call: Call) -> list[Layout]:
         return tensors_of(call.func(*args, **kwargs))
 
     operands = [trace.operand(leaves[n]) for n in data]
-    if call.name in ("cat", "concat", "concatenate", "chunk"):
+    if only is not None:
         # Long dimensions that nothing happens to need not be looked at entry by entry.
-        dim = call.argument(2 if call.name == "chunk" else 1, "dim", 0) % len(operands[0][1])
-        used = {dim}.union(*(varied(labels) for layout, _ in operands for labels in layout))
+        used = {only % len(operands[0][1])}.union(*(varied(labels) for layout, _ in operands for labels in layout))
         operands = [(layout, tuple(n if d in used else min(n, 2) for d, n in enumerate(shape)))
                     for layout, shape in operands]
     if not indices:
@@ -141,14 +160,9 @@ def _move(trace: Trace, call: Call) -> list[Layout]:
 
 
 @rule("pad")
-def _pad(trace: Trace, call: Call) -> list[Layout]:
-    x, mode = call.args[0], call.argument(2, "mode", "constant")
-    padding = call.argument(1, "pad")
-
-    def function(numbers: list[Tensor]) -> list[Tensor]:
-        return [F.pad(numbers[0], padding, mode) if mode == "constant" else F.pad(numbers[0], padding, mode=mode)]
-
-    return trace.units.move(function, [trace.operand(x)], call.name + here())
+def _pad(trace: Trace, call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant",
+         value: float | None = None) -> list[Layout]:
+    return trace.units.move(lambda numbers: [F.pad(numbers[0], pad, mode)], [trace.operand(input)], call.name + here())
 
 
 def _each_channel(trace: Trace, x: Tensor, rank: int | None, where: str) -> Layout:
@@ -161,14 +175,18 @@ def _each_channel(trace: Trace, x: Tensor, rank: int | None, where: str) -> Layo
 _POOLS = "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool"
 
 
-@rule(*(f"{pool}{d}d" for pool in _POOLS.split() for d in (1, 2, 3)), "interpolate upsample grid_sample")
-def _spatial(trace: Trace, call: Call) -> list[Layout]:
+@rule(*(f"{pool}{d}d" for pool in _POOLS.split() for d in (1, 2, 3)), "interpolate upsample")
+def _spatial(trace: Trace, call: Call, input: Tensor, *_: Any, **__: Any) -> list[Layout]:
     """Pooling, resizing: each channel by itself."""
     rank = int(call.name[-2]) + 2 if call.name[-1] == "d" else None
-    x = call.argument(0, "input")
-    if call.name == "grid_sample" and any(trace.layout(t) for t in call.tensors if t is not x):
+    return [_each_channel(trace, input, rank, call.name + here())] * len(call.results)
+
+
+@rule("grid_sample")
+def _grid_sample(trace: Trace, call: Call, input: Tensor, grid: Tensor, *_: Any, **__: Any) -> list[Layout]:
+    if trace.layout(grid):
         raise NoRule
-    return [_each_channel(trace, x, rank, call.name + here())] * len(call.results)
+    return _spatial(trace, call, input)
 
 
 def _channels(tensor: Tensor, x: Tensor) -> Shape:
@@ -176,47 +194,52 @@ def _channels(tensor: Tensor, x: Tensor) -> Shape:
 
 
 @rule("batch_norm instance_norm")
-def _batch_norm(trace: Trace, call: Call) -> list[Layout]:
-    x = call.argument(0, "input")
-    layout = trace.layout(x)
+def _batch_norm(trace: Trace, call: Call, input: Tensor, running_mean: Tensor | None = None,
+                running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
+                *_: Any, **__: Any) -> list[Layout]:
+    layout = trace.layout(input)
     if call.name == "instance_norm":
-        layout = _each_channel(trace, x, None, call.name + here())
-    for n, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1):
-        tensor = call.argument(n, name)
+        layout = _each_channel(trace, input, None, call.name + here())
+    for tensor in (running_mean, running_var, weight, bias):
         if tensor is not None:
-            trace.adopt(tensor, _channels(tensor, x), layout, call.name + here())
+            trace.adopt(tensor, _channels(tensor, input), layout, call.name + here())
     return [layout]
 
 
 @rule("prelu")
-def _prelu(trace: Trace, call: Call) -> list[Layout]:
-    x, weight = call.args[0], call.argument(1, "weight")
-    if x.ndim > 1:
-        trace.adopt(weight, _channels(weight, x), trace.layout(x), call.name + here())
-    return [trace.layout(x)]
+def _prelu(trace: Trace, call: Call, input: Tensor, weight: Tensor) -> list[Layout]:
+    if input.ndim > 1:
+        trace.adopt(weight, _channels(weight, input), trace.layout(input), call.name + here())
+    return [trace.layout(input)]
 
 
-@rule("layer_norm rms_norm")
-def _layer_norm(trace: Trace, call: Call) -> list[Layout]:
-    x, over = call.argument(0, "input"), call.argument(1, "normalized_shape")
-    over = (over,) if isinstance(over, int) else tuple(over)
-    layout = trace.layout(x)
-    trace.units.reduce(layout, range(x.ndim - len(over), x.ndim))
-    for n, name in enumerate(("weight", "bias"), 2):
-        trace.adopt(call.argument(n, name), (1,) * (x.ndim - len(over)) + over, layout, call.name + here())
+@rule("layer_norm")
+def _layer_norm(trace: Trace, call: Call, input: Tensor, normalized_shape: int | Sequence[int],
+                weight: Tensor | None = None, bias: Tensor | None = None, *_: Any, **__: Any) -> list[Layout]:
+    over = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    layout = trace.layout(input)
+    trace.units.reduce(layout, range(input.ndim - len(over), input.ndim))
+    for tensor in (weight, bias):
+        trace.adopt(tensor, (1,) * (input.ndim - len(over)) + over, layout, call.name + here())
     return [layout]
 
 
+@rule("rms_norm")
+def _rms_norm(trace: Trace, call: Call, input: Tensor, normalized_shape: int | Sequence[int],
+              weight: Tensor | None = None, eps: float | None = None) -> list[Layout]:
+    return _layer_norm(trace, call, input, normalized_shape, weight)
+
+
 @rule("group_norm")
-def _group_norm(trace: Trace, call: Call) -> list[Layout]:
-    x, groups = call.argument(0, "input"), call.argument(1, "num_groups")
-    layout = trace.layout(x)
+def _group_norm(trace: Trace, call: Call, input: Tensor, num_groups: int, weight: Tensor | None = None,
+                bias: Tensor | None = None, *_: Any, **__: Any) -> list[Layout]:
+    layout = trace.layout(input)
     for labels in layout:
         if varied(labels) != {1}:
             raise NoRule
-        trace.units.reduce((labels.reshape(groups, -1),), [1])
-    for n, name in enumerate(("weight", "bias"), 2):
-        trace.adopt(call.argument(n, name), (1, x.shape[1], *(1,) * (x.ndim - 2)), layout, call.name + here())
+        trace.units.reduce((labels.reshape(num_groups, -1),), [1])
+    for tensor in (weight, bias):
+        trace.adopt(tensor, (1, input.shape[1], *(1,) * (input.ndim - 2)), layout, call.name + here())
     return [layout]
 
 
@@ -259,27 +282,33 @@ def _matmul_letters(a: Tensor, b: Tensor) -> tuple[str, str, str]:
     return left, right, batch + ("n" if a.ndim > 1 else "") + ("m" if b.ndim > 1 else "")
 
 
-@rule("matmul mm bmm")
-def _matmul(trace: Trace, call: Call) -> list[Layout]:
-    a, b = call.tensors[:2]
-    if function_name(call.func) == "matmul" and getattr(call.func, "__name__", "") == "__rmatmul__":
-        a, b = b, a
-    left, right, result = _matmul_letters(a, b)
-    return [_product(trace, call, [(a, left), (b, right)], result)]
+@rule("matmul")
+def _matmul(trace: Trace, call: Call, input: Tensor, other: Tensor) -> list[Layout]:
+    if getattr(call.func, "__name__", "") == "__rmatmul__":
+        input, other = other, input
+    left, right, result = _matmul_letters(input, other)
+    return [_product(trace, call, [(input, left), (other, right)], result)]
 
 
-@rule("addmm baddbmm")
-def _addmm(trace: Trace, call: Call) -> list[Layout]:
-    c, a, b = call.tensors[:3]
-    left, right, result = _matmul_letters(a, b)
-    layout = _product(trace, call, [(a, left), (b, right)], result)
-    trace.adopt(c, (1,) * (len(result) - c.ndim) + tuple(c.shape), layout, call.name + here())
+@rule("mm bmm")
+def _mm(trace: Trace, call: Call, input: Tensor, mat2: Tensor) -> list[Layout]:
+    return _matmul(trace, call, input, mat2)
+
+
+@rule("addmm")
+def _addmm(trace: Trace, call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> list[Layout]:
+    (layout,) = _matmul(trace, call, mat1, mat2)
+    trace.adopt(input, (1,) * (mat1.ndim - input.ndim) + tuple(input.shape), layout, call.name + here())
     return [layout]
 
 
+@rule("baddbmm")
+def _baddbmm(trace: Trace, call: Call, input: Tensor, batch1: Tensor, batch2: Tensor, **_: Any) -> list[Layout]:
+    return _addmm(trace, call, input, batch1, batch2)
+
+
 @rule("einsum")
-def _einsum(trace: Trace, call: Call) -> list[Layout]:
-    equation, *operands = call.args
+def _einsum(trace: Trace, call: Call, equation: str, *operands: Any) -> list[Layout]:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
     equation = equation.replace(" ", "")
@@ -291,20 +320,28 @@ def _einsum(trace: Trace, call: Call) -> list[Layout]:
 
 
 @rule("linear")
-def _linear(trace: Trace, call: Call) -> list[Layout]:
-    x, weight, bias = call.argument(0, "input"), call.argument(1, "weight"), call.argument(2, "bias")
-    batch = _LETTERS[: x.ndim - 1]
-    layout = _product(trace, call, [(x, batch + "i"), (weight, "oi")], batch + "o")
+def _linear(trace: Trace, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Layout]:
+    batch = _LETTERS[: input.ndim - 1]
+    layout = _product(trace, call, [(input, batch + "i"), (weight, "oi")], batch + "o")
     if bias is not None:
-        trace.adopt(bias, (1,) * (x.ndim - 1) + tuple(bias.shape), layout, call.name + here())
+        trace.adopt(bias, (1,) * (input.ndim - 1) + tuple(bias.shape), layout, call.name + here())
     return [layout]
 
 
-@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
-def _convolution(trace: Trace, call: Call) -> list[Layout]:
-    x, weight, bias = call.argument(0, "input"), call.argument(1, "weight"), call.argument(2, "bias")
-    transposed = "transpose" in call.name
-    groups = call.argument(6, "groups", 1)
+@rule("conv1d conv2d conv3d")
+def _convolution(trace: Trace, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+                 padding: Any = 0, dilation: Any = 1, groups: int = 1) -> list[Layout]:
+    return [_convolve(trace, call, input, weight, bias, groups)]
+
+
+@rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+def _transposed(trace: Trace, call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+                padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> list[Layout]:
+    return [_convolve(trace, call, input, weight, bias, groups, transposed=True)]
+
+
+def _convolve(trace: Trace, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int,
+              transposed: bool = False) -> Layout:
     if x.ndim != weight.ndim:
         raise NoRule
     inputs = _each_channel(trace, x, None, call.name + here())
@@ -324,17 +361,18 @@ def _convolution(trace: Trace, call: Call) -> list[Layout]:
         operands = [(inputs, tuple(x.shape), "bi" + positions), (w_layout, tuple(weight.shape[:2]), letters)]
         layout = _contract(trace, operands, "bo" + positions, named + here())
     else:
-        layout = _grouped(trace, call, x, inputs, weight, groups, transposed)
+        if transposed:
+            raise NoRule
+        layout = _grouped(trace, call, x, inputs, weight, groups)
     if bias is not None:
         trace.adopt(bias, _channels(bias, x), layout, call.name + here())
-    return [layout]
+    return layout
 
 
-def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor, groups: int,
-             transposed: bool) -> Layout:
+def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor, groups: int) -> Layout:
     """Blocks of channels that are convolved by themselves: they can trade places, and units within them."""
     units, name = trace.units, trace.name(weight)
-    if transposed or name is None or len(layout) > 1 or (layout and varied(layout[0]) != {1}):
+    if name is None or len(layout) > 1 or (layout and varied(layout[0]) != {1}):
         raise NoRule
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     rest = (1,) * (x.ndim - 2)
@@ -367,26 +405,26 @@ def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor
 
 
 @rule("embedding")
-def _embedding(trace: Trace, call: Call) -> list[Layout]:
-    index, weight = call.argument(0, "input"), call.argument(1, "weight")
-    if trace.layout(index):
+def _embedding(trace: Trace, call: Call, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[Layout]:
+    if trace.layout(input):
         raise NoRule
     result = []
     for labels in trace.layout(weight):
         if 0 in varied(labels):
             trace.units.fix((labels,), "picked by number")
         else:
-            result.append(labels.reshape((1,) * index.ndim + labels.shape[1:]))
+            result.append(labels.reshape((1,) * input.ndim + labels.shape[1:]))
     return [tuple(result)]
 
 
 @rule("scaled_dot_product_attention")
-def _attention(trace: Trace, call: Call) -> list[Layout]:
-    q, k, v = call.args[:3] if len(call.args) >= 3 else call.tensors[:3]
-    mask = call.argument(3, "attn_mask")
-    if call.kwargs.get("enable_gqa") or not q.ndim == k.ndim == v.ndim >= 2:
+def _attention(trace: Trace, call: Call, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+               enable_gqa: bool = False) -> list[Layout]:
+    q, k, v, mask = query, key, value, attn_mask
+    if enable_gqa or not q.ndim == k.ndim == v.ndim >= 2:
         raise NoRule
-    in_order = call.argument(5, "is_causal", False) and any(
+    in_order = is_causal and any(
         q.ndim - 2 in varied(labels) for t in (q, k, v) for labels in trace.layout(t))
     if in_order:
         raise NoRule

@@ -49,8 +49,8 @@ class NoRule(Exception):
     """The rule doesn't cover this case."""
 
 
-Rule = Callable[["Trace", Call], "list[Layout]"]
-"""(trace, call that is done) -> the layouts of its results."""
+Rule = Callable[..., list[Layout]]
+"""(trace, call that is done, *its arguments) -> the layouts of its results."""
 
 
 class Trace(Watch):
@@ -214,8 +214,8 @@ class Trace(Watch):
         rule = self.rules.get(call.base)
         if rule and not (in_place and call.base in MOVES):  # there the tensor's shape has changed already
             try:
-                return rule(self, call)
-            except Exception as error:  # arguments the rule doesn't know: what it fixed and tied so far does no harm
+                return rule(self, call, *call.args, **call.keywords)
+            except Exception as error:  # arguments it doesn't know: what it fixed and tied so far does no harm
                 if os.environ.get("DIMAT_DEBUG") and not isinstance(error, NoRule):
                     raise
         self.give_up(call)

@@ -49,8 +49,13 @@ class Call:
     def results(self) -> list[Tensor]:
         return tensors_of(self.result)
 
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """`kwargs` under torch's own names, where it takes NumPy's too."""
+        return {_ALIASES.get(name, name): value for name, value in self.kwargs.items()}
+
+
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "a": "input", "x": "input", "x1": "input", "x2": "other"}
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -320,7 +320,7 @@ def test_what_cannot_be_permuted_safely_is_fixed_and_listed():
 def test_arguments_that_a_rule_does_not_know_fix_what_goes_in(monkeypatch):
     from merging.rules import RULES
 
-    monkeypatch.setitem(RULES, "relu", lambda trace, call: call.args[7])
+    monkeypatch.setitem(RULES, "relu", lambda trace, call, input: call.args[7])
     spec = derive_spec(Applied(lambda m, x: m.inner(x.relu()), inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
     assert list(spec.sizes) == ["inner"] and "no rule for relu" in spec.fixed["conv"] and list(spec.stuck) == ["conv"]
     monkeypatch.setenv("DIMAT_DEBUG", "1")
