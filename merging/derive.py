@@ -1,6 +1,6 @@
 """A spec from a model, derived by watching it run, or given by hand; checked in either case.
 
-`merging.trace` follows the units from tensor to tensor, `merging.units` concludes which of them can trade places.
+`merging.trace` follows the units from tensor to tensor, `merging.bundles` concludes which of them can trade places.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from merging.bundles import groups
 from merging.rules import RULES
 from merging.running import is_mixed, own_copy, run
 from merging.spec import Member, PermutationSpec, Read
@@ -108,7 +109,7 @@ def _spec(units: Units, trace: Trace, everything: Mapping[str, Tensor], names: d
     for axis in units.axes:
         if axis.tensor and axis.tensor not in everything:  # agents don't exchange it
             units.fix((axis.labels,), f"{axis.tensor} is not in the state dict")
-    found = units.groups()
+    found = groups(units)
     group_of = np.full(found.bundle.max(initial=-1) + 1, MISSING)
     place = np.zeros_like(group_of)
     for g, group in enumerate(found.groups):

@@ -539,6 +539,7 @@ HIDDEN = {
         lambda: Applied(lambda m, x: F.avg_pool2d(x, 4).flatten(1)[:, 2:-2], features=28), IMAGES, 6),
     "an instance norm": (
         lambda: Applied(lambda m, x: m.norm(x.relu()).relu(), norm=nn.InstanceNorm2d(8, affine=True)), IMAGES, 8),
+    "a constant per channel": (lambda: Applied(lambda m, x: x * torch.arange(8.0)[:, None, None]), IMAGES, 0),
     "keywords in another order": (
         lambda: Applied(lambda m, x: torch.matmul(other=x.flatten(2), input=m.inner.weight).amax(2), features=5,
                         inner=nn.Linear(8, 5, bias=False)), IMAGES, 8 + 5),
@@ -554,5 +555,4 @@ HIDDEN = {
     "picked by number, by keywords": (
         lambda: Applied(lambda m, x: torch.gather(dim=3, index=torch.tensor([2, 0, 1]).expand(len(x), 8, 8, 3),
                                                   input=x).exp()), IMAGES, 8),
-    "a constant per channel": (lambda: Applied(lambda m, x: x * torch.arange(8.0)[:, None, None]), IMAGES, 0),
 }
