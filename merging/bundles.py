@@ -109,8 +109,8 @@ def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, 
     size = bundle.max(initial=-1) + 1
     cluster = _components(children, parents + size, 2 * size)[size:]  # of blocks that share units
     blocks = np.unique(parents)
-    kinds = np.unique(np.stack([bundle, axis]), axis=1)
-    kinds = kinds[:, np.isin(kinds[0], blocks)]
+    of_block = np.isin(bundle, blocks)
+    kinds = np.unique(np.stack([bundle[of_block], axis[of_block]]), axis=1)
     places, times = np.unique(np.stack([cluster[kinds[0]], kinds[1]]), axis=1, return_counts=True)
     torn = places[0][times > 1]
     blocks = blocks[np.argsort(cluster[blocks], kind="stable")]

@@ -193,11 +193,12 @@ class Trace(Watch):
 
     def _note(self, call: Call) -> None:
         """The layouts of a call's results, and where these can be fetched."""
+        results = call.results
         # A view may be the tensor itself, where there is nothing to do.
-        in_place = any(result is tensor for result in call.results for tensor in call.tensors) and not (
+        in_place = any(result is tensor for result in results for tensor in call.tensors) and not (
             call.name in UNARY_VIEWS or call.name in MOVES)
         depends = any(map(self.is_activation, call.tensors))
-        for result, layout in zip(call.results, self._layouts(call, in_place), strict=True):
+        for result, layout in zip(results, self._layouts(call, in_place), strict=True):
             if in_place:
                 self._write(result)
             if self.name(result) is None:
@@ -206,8 +207,8 @@ class Trace(Watch):
                     self.alive[result] = True
             if in_place or result not in self.serials:
                 self.serials[result] = self._next_serial()
-        if len(call.results) == 1 and call.base in READ_BEFORE and not in_place:
-            self._read_before(call, call.results[0])
+        if len(results) == 1 and call.base in READ_BEFORE and not in_place:
+            self._read_before(call, results[0])
 
     def _layouts(self, call: Call, in_place: bool) -> list[Layout]:
         """Of a call's results, by the function's rule; nothing where there is none."""

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Call:
         """The name without the underscore of functions that work in place."""
         return self.name[:-1] if self.name.endswith("_") and not self.name.startswith("_") else self.name
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         return tensors_of((self.args, self.kwargs))
 
