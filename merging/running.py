@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from merging.tracing import UnsupportedOperation
+from merging.watch import UnsupportedOperation
 
 _EXTRA_STATE = "_extra_state"
 

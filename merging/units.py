@@ -1,8 +1,8 @@
-"""The algebra of units: which entries of which tensors move together, and which of these bundles can trade places.
+"""The algebra of units: which entries of which tensors move together.
 
 Every entry of an axis that can be reordered is a *unit*. Operations tie units to each other (they are the same channel,
-seen in two tensors), nest them in others (they belong to that head) or fix them. At the end, tied units form bundles,
-and two bundles can trade places if they look alike in every respect: the same axes, ties and nesting.
+seen in two tensors), nest them in others (they belong to that head) or fix them. What follows from that:
+`merging.bundles`.
 
 A tensor's *layout* says which units its entries hold: a tuple of label arrays, each as broad as the tensor in the
 dimensions along which its labels vary and 1 in all the others; no two vary along the same dimension. A label is a unit
@@ -18,8 +18,6 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Labels = np.ndarray
@@ -56,30 +54,12 @@ class Axis:
         return f"{self.tensor} dim {', '.join(map(str, self.dims))}"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Bundles that can trade places: unit u is bundles[u]. outer: the group of the blocks that its units lie in."""
-
-    name: str
-    bundles: np.ndarray
-    outer: int | None = None
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The result: groups in execution order, each unit's bundle, and why what is fixed is fixed."""
-
-    groups: list[Group]
-    bundle: np.ndarray
-    fixed: dict[str, str]
-
-
 def varied(labels: Labels) -> frozenset[int]:
     return frozenset(d for d, length in enumerate(labels.shape) if length > 1)
 
 
 class Units:
-    """Collects units and what is known about them; `groups()` draws the conclusion."""
+    """Collects units and what is known about them; `merging.bundles.groups` draws the conclusion."""
 
     def __init__(self) -> None:
         self.axes: list[Axis] = []
@@ -171,7 +151,7 @@ class Units:
         block = block.reshape(-1)
         _, start = np.unique(block, return_index=True)
         first = np.argsort(np.argsort(start))  # blocks in the order of their first places
-        outer = (self.new((len(distinct),))[first[block]] + _occurrence(block)).reshape(shape)
+        outer = (self.new((len(distinct),))[first[block]] + occurrence(block)).reshape(shape)
         self.nest(labels, outer)
         return outer
 
@@ -303,149 +283,11 @@ class Units:
         result[real] = unit[real] * RANKS + codes
         return result
 
-    # The conclusion
-
-    def groups(self) -> Groups:
-        """Bundles of tied units, and which of them can trade places."""
-        inner, outer = (np.concatenate(side) for side in zip(*self.nests, strict=True))
-        axis = np.repeat(np.arange(len(self.axes)), [axis.size for axis in self.axes])
-        while True:
-            left, right = (np.concatenate(side) for side in zip(*self.ties, strict=True))
-            edges = coo_matrix((np.ones(len(left), bool), (left // RANKS, right // RANKS)), (self.count, self.count))
-            bundles, bundle = connected_components(edges, directed=False)
-            children, parents = np.unique(np.stack([bundle[inner // RANKS], bundle[outer // RANKS]]), axis=1)
-            first = np.zeros(bundles, np.int64)  # unit of each bundle
-            first[bundle[::-1]] = np.arange(self.count)[::-1]
-            same = _same_blocks(children, parents, bundle, axis)
-            if not same.size:
-                break
-            self.ties.append((first[same[0]] * RANKS, first[same[1]] * RANKS))
-
-        signature = self._signatures(bundle, axis, left, right, inner, outer)
-
-        reasons: dict[int, str] = {}  # bundle -> why it is fixed
-
-        def fix(which: np.ndarray, reason: str) -> None:
-            for b in which.tolist():
-                reasons.setdefault(b, reason)
-
-        for labels, reason in self.fixes:
-            fix(np.unique(bundle[labels // RANKS]), reason)
-        is_parent = np.zeros(bundles, bool)
-        is_parent[parents] = True
-        parent_count = np.bincount(children, minlength=bundles)
-        fix(np.flatnonzero(parent_count > 1), "it lies in two kinds of blocks")
-        fix(np.flatnonzero(is_parent & (parent_count > 0)), "a block within a block")
-        is_read = np.zeros(bundles, bool)
-        is_read[bundle[np.concatenate([np.zeros(0, np.int64), *self.read]) // RANKS]] = True
-        fix(np.flatnonzero(~is_read & ~is_parent), "no layer reads it")
-        fixed = np.zeros(bundles, bool)
-        fixed[list(reasons)] = True
-        stuck = parents[fixed[children]]
-        fix(np.unique(stuck), "a unit in it is fixed")
-        fixed[stuck] = True
-
-        parent = np.full(bundles, MISSING)
-        parent[children] = parents
-        # A free block trades places with blocks of the same make, content included.
-        make = np.zeros(bundles, np.uint64)
-        np.add.at(make, parents, _mix(signature[children]))
-        cells: dict[tuple, list[int]] = {}
-        free = np.flatnonzero(~fixed)
-        for b in free[parent[free] == MISSING].tolist():
-            cells.setdefault((int(signature[b]), int(make[b])), []).append(b)
-        block_cell: dict[int, tuple] = {}
-        for key, members in cells.items():
-            if len(members) > 1:
-                block_cell |= dict.fromkeys((b for b in members if is_parent[b]), key)
-        nested: dict[tuple, list[int]] = {}
-        for b in free[parent[free] != MISSING].tolist():
-            block = int(parent[b])
-            nested.setdefault((int(signature[b]), *(block_cell.get(block) or (block,))), []).append(b)
-
-        def order_of(members: list[int]) -> list[int]:
-            return sorted(members, key=lambda b: first[b])
-
-        flat = {key: order_of(members) for key, members in cells.items()}
-        found: list[tuple[int, tuple, tuple | None, list[int]]] = []
-        for key, members in flat.items():
-            if len(members) > 1:
-                found.append((int(first[members[0]]), key, None, members))
-            elif not is_parent[members[0]]:
-                reasons[members[0]] = "a single unit"
-        for (_, *where), members in nested.items():
-            outer_key = tuple(where) if tuple(where) in flat else None
-            blocks = {b: n for n, b in enumerate(flat[outer_key])} if outer_key else {}
-            members = sorted(members, key=lambda b: (blocks.get(int(parent[b]), 0), first[b]))
-            if len(members) > 1:
-                found.append((int(first[members[0]]), (), outer_key, members))
-            else:
-                reasons[members[0]] = "a single unit"
-        starts: dict[tuple, int] = {}
-        for start, _, key, _ in found:
-            if key:
-                starts[key] = min(start, starts.get(key, start))
-        # In execution order, and blocks before what is in them.
-        found.sort(key=lambda item: (starts.get(item[1], item[0]), item[2] is not None))
-        number = {key: n for n, (_, key, _, _) in enumerate(found) if key}
-        names = self._names([(members, number.get(key)) for *_, key, members in found], bundle, axis)
-        groups = [Group(name, np.array(members), None if key is None else number[key])
-                  for name, (_, _, key, members) in zip(names, found, strict=True)]
-        listed: dict[str, str] = {}
-        for b in sorted(reasons, key=lambda b: first[b]):
-            tensor_axis = self.axes[axis[first[b]]]
-            if tensor_axis.tensor:
-                listed.setdefault(tensor_axis.name, reasons[b])
-        return Groups(groups, bundle, listed)
-
-    def _signatures(self, bundle: np.ndarray, axis: np.ndarray, *relations: np.ndarray) -> np.ndarray:
-        """A 64-bit hash of all that a bundle is: equal for two that can be mapped to each other, unit by unit.
-
-        Units are numbered within their bundle in the order of their axes, so that the map is the same for all.
-        """
-        order = np.lexsort((np.arange(self.count), bundle))
-        start = np.r_[0, np.flatnonzero(np.diff(bundle[order])) + 1] if self.count else np.zeros(0, np.int64)
-        place = np.empty(self.count, np.int64)
-        place[order] = np.arange(self.count) - np.repeat(start, np.diff(np.r_[start, self.count]))
-        signature = np.zeros(bundle.max(initial=-1) + 1, np.uint64)
-        np.add.at(signature, bundle, _mix(place, axis))
-        for kind, (a, b) in enumerate(zip(relations[::2], relations[1::2], strict=True)):
-            (u, r), (v, s) = np.divmod(a, RANKS), np.divmod(b, RANKS)
-            np.add.at(signature, bundle[u], _mix(place[u], r, place[v], s, np.full_like(u, kind + 1)))
-        return signature
-
-    def _names(self, groups: list[tuple[list[int], int | None]], bundle: np.ndarray, axis: np.ndarray) -> list[str]:
-        """A group (bundles, its outer group) is called after the first tensor that holds it, and its part of that."""
-        held = np.array([bool(a.tensor) for a in self.axes], bool)
-        first: dict[int, int] = {}
-        for keep in (held[axis], np.ones(self.count, bool)):
-            units = np.flatnonzero(keep)[::-1]
-            first = dict(zip(bundle[units].tolist(), units.tolist(), strict=True)) | first
-        names, seen = [], {}
-        for n, (members, _) in enumerate(groups):
-            units = np.array([first[b] for b in members])
-            where = self.axes[axis[units[0]]]
-            name = where.name
-            if not where.tensor:  # blocks, named after the layer that makes what is in them
-                within = next(first[inner[0]] for inner, outer in groups if outer == n)
-                name = f"blocks of {self.axes[axis[within]].name}"
-            places = np.flatnonzero(np.isin(bundle[where.first : where.first + where.size], members))
-            if where.tensor and len(places) < where.size:
-                steps = np.unique(np.diff(places))
-                if len(steps) == 1:
-                    step = "" if steps[0] == 1 else f":{steps[0]}"
-                    name += f"[{places[0]}:{places[-1] + 1}{step}]"
-                else:
-                    name += f"[{places[0]}, {places[1]}, ...]"
-            seen[name] = seen.get(name, 0) + 1
-            names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-        return names
-
 
 def _tell_apart(labels: Labels) -> Labels:
     """Ranks for copies of one entry (MISSING are none), by their order."""
     flat = labels.ravel()
-    copy = np.where(flat == MISSING, 0, _occurrence(flat))
+    copy = np.where(flat == MISSING, 0, occurrence(flat))
     if not copy.any():
         return labels
     unit, rank = np.divmod(flat, RANKS)
@@ -453,42 +295,10 @@ def _tell_apart(labels: Labels) -> Labels:
     return told.reshape(labels.shape)
 
 
-def _occurrence(keys: np.ndarray) -> np.ndarray:
+def occurrence(keys: np.ndarray) -> np.ndarray:
     """How many equal ones come before each of the keys (n,)."""
     order = np.argsort(keys, kind="stable")
     first = np.r_[True, np.diff(keys[order]) != 0]
     count = np.empty(len(keys), np.int64)
     count[order] = np.arange(len(keys)) - np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
     return count
-
-
-def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """(2, n): pairs of blocks that are the same ones, seen by two operations: they share units.
-
-    Not where that would make one of several blocks of a kind (groups of 4 channels and groups of 8).
-    """
-    size = bundle.max(initial=-1) + 1
-    edges = coo_matrix((np.ones(len(children), bool), (children, parents + size)), (2 * size, 2 * size))
-    _, cluster = connected_components(edges, directed=False)
-    blocks = np.unique(parents)
-    of_block = cluster[blocks + size]
-    kinds = np.unique(np.stack([bundle, axis]), axis=1)
-    kinds = kinds[:, np.isin(kinds[0], blocks)]
-    _, times = np.unique(np.stack([cluster[kinds[0] + size], kinds[1]]), axis=1, return_counts=True)
-    torn = np.unique(np.unique(np.stack([cluster[kinds[0] + size], kinds[1]]), axis=1)[0][times > 1])
-    order = np.argsort(of_block, kind="stable")
-    blocks, of_block = blocks[order], of_block[order]
-    same = (np.diff(of_block) == 0) & ~np.isin(of_block[1:], torn)
-    return np.stack([blocks[:-1][same], blocks[1:][same]])
-
-
-def _mix(*columns: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each row (splitmix64), to be summed up: a set's hash."""
-    h = np.full(columns[0].shape, 0x9E3779B97F4A7C15, np.uint64)
-    with np.errstate(over="ignore"):
-        for column in columns:
-            h = (h ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h = h ^ (h >> np.uint64(31))
-    return h

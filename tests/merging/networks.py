@@ -540,4 +540,19 @@ HIDDEN = {
     "an instance norm": (
         lambda: Applied(lambda m, x: m.norm(x.relu()).relu(), norm=nn.InstanceNorm2d(8, affine=True)), IMAGES, 8),
     "a constant per channel": (lambda: Applied(lambda m, x: x * torch.arange(8.0)[:, None, None]), IMAGES, 0),
+    "keywords in another order": (
+        lambda: Applied(lambda m, x: torch.matmul(other=x.flatten(2), input=m.inner.weight).amax(2), features=5,
+                        inner=nn.Linear(8, 5, bias=False)), IMAGES, 8 + 5),
+    "attention by keywords": (
+        lambda: Applied(lambda m, x: F.scaled_dot_product_attention(value=m.inner(x).flatten(2).mT, key=x.flatten(2).mT,
+                                                                    query=x.flatten(2).mT.sin()).mean(1),
+                        features=6, inner=nn.Conv2d(8, 6, 1)), IMAGES, 8 + 6),
+    "NumPy's names of arguments": (
+        lambda: Applied(lambda m, x: x.unflatten(1, (2, 4)).softmax(axis=2).flatten(1, 2)), IMAGES, 8),
+    "a root mean square norm by position": (
+        lambda: Applied(lambda m, x: torch.rms_norm(x.mean((2, 3)), (8,), m.inner.weight, 1e-6), features=8,
+                        inner=nn.LayerNorm(8, bias=False)), IMAGES, 8),
+    "picked by number, by keywords": (
+        lambda: Applied(lambda m, x: torch.gather(dim=3, index=torch.tensor([2, 0, 1]).expand(len(x), 8, 8, 3),
+                                                  input=x).exp()), IMAGES, 8),
 }

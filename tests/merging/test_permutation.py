@@ -25,7 +25,7 @@ from merging.permutation import (
     spec_from_axes,
     verify,
 )
-from merging.tracing import tensors_of
+from merging.watch import tensors_of
 from merging.weight_matching import match_weights
 from models import build_model
 from tests.merging.networks import HIDDEN, Applied, Dense, Grouped, Plain, Residual, Split, Transformer
@@ -318,9 +318,9 @@ def test_what_cannot_be_permuted_safely_is_fixed_and_listed():
 
 
 def test_arguments_that_a_rule_does_not_know_fix_what_goes_in(monkeypatch):
-    from merging import tracing
+    from merging.rules import RULES
 
-    monkeypatch.setitem(tracing._RULES, "relu", lambda trace, call: call.args[7])
+    monkeypatch.setitem(RULES, "relu", lambda trace, call, input: call.args[7])
     spec = derive_spec(Applied(lambda m, x: m.inner(x.relu()), inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
     assert list(spec.sizes) == ["inner"] and "no rule for relu" in spec.fixed["conv"] and list(spec.stuck) == ["conv"]
     monkeypatch.setenv("DIMAT_DEBUG", "1")
@@ -474,14 +474,28 @@ def test_verify_sees_every_missing_and_every_false_member(name):
 
 
 def test_a_wrong_derivation_is_an_error_not_a_merge(monkeypatch):
-    from merging import tracing
+    from merging.rules import RULES
 
-    monkeypatch.setitem(tracing._RULES, "cumsum", tracing._RULES["relu"])
+    monkeypatch.setitem(RULES, "cumsum", RULES["relu"])
     with pytest.raises(ValueError, match="changes the outputs"):
         derive_spec(Applied(lambda m, x: x.cumsum(1)), torch.zeros(1, 3, 8, 8))
 
 
 # Features
+
+
+def test_memory_is_known_by_more_than_its_address():
+    """Features that are gone when later ones are written in place need no copy, whoever has their memory now."""
+    convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(8))
+
+    def forward(m, x):
+        for conv in m.convs:
+            x = conv(x)
+        return x.relu_()
+
+    spec = derive_spec(Applied(forward, convs=convs), torch.zeros(1, 3, 8, 8))
+    written = [read.written for reads in spec.reads.values() for read in reads]
+    assert written == [False] * 8 + [True]
 
 
 @pytest.mark.parametrize("at", ["last", "all"])

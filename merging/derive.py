@@ -1,0 +1,212 @@
+"""A spec from a model, derived by watching it run, or given by hand; checked in either case.
+
+`merging.trace` follows the units from tensor to tensor, `merging.bundles` concludes which of them can trade places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from merging.bundles import groups
+from merging.rules import RULES
+from merging.running import is_mixed, own_copy, run
+from merging.spec import Member, PermutationSpec, Read
+from merging.trace import Source, Trace
+from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
+from merging.verification import Example, samples, verify
+from merging.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
+
+
+def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> PermutationSpec:
+    """Watch `model` at work and find which entries of its tensors can be permuted together.
+
+    model: any network; it is not changed.
+    example: an input batch (B, ...), or a tuple of the forward pass's inputs, of which those that are no tensors (or
+        have no dimension) are passed as they are. Only shapes and types count, unless the network gives nothing finite
+        for random values (see `verify`).
+    check: permute the units that were found, and compare the outputs in float64 (see `verify`): an error in the
+        derivation is an exception here, never a wrong merge later.
+    What the model's inputs and outputs hold is never permuted. What can't be permuted is listed in `spec.fixed`: an
+    operation that is not known fixes what goes into it.
+
+    Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, and for
+    parameters or buffers that it does not use and that may hold units; ValueError when the model refuses the example,
+    can't be copied, or doesn't pass the check.
+    """
+    inputs = samples(model, example)
+    original, model = model, own_copy(model)
+    shared = units, names, state, _ = Units(), _names(model), {}, {}
+    trace = _watch(model, inputs, *shared)
+    failure = ""
+    if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
+        try:
+            _watch(model.train(), inputs, *shared)
+        except ValueError as error:
+            failure = f" Those of training only can't be seen, because {error}"
+    everything = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(everything.items())}
+    unused = [name for name, tensor in everything.items() if names.get(id(tensor), first[id(tensor)]) not in state
+              and _matters(name) and is_mixed(name, tensor) and _may_hold_units(tensor)]
+    if unused:
+        raise UnsupportedOperation(
+            f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
+            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. Remove them from the model.{failure}"
+        )
+    spec = _spec(units, trace, everything, names)
+    if check and spec.sizes:
+        _check_reads(model.eval(), spec, trace, samples(model, example, 3))
+        verify(original, spec, example)
+    return spec
+
+
+@torch.no_grad()
+def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: tuple[Tensor, ...]) -> None:
+    """Reads are found by counting calls, which must not depend on the size of the batch."""
+    count = Watch()
+    run(model, *inputs, within=count, what="inputs")
+    for function in {read.function for reads in spec.reads.values() for read in reads}:
+        if count.calls[function] != trace.calls[function]:
+            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
+                                       f"samples and {count.calls[function]} times for three, one after the other")
+
+
+def _matters(name: str) -> bool:
+    """Whether a tensor must take part in a forward pass; BatchNorm's counter does not, in evaluation mode."""
+    return not name.endswith("num_batches_tracked")
+
+
+def _may_hold_units(tensor: Tensor) -> bool:
+    """Counters, masks and single numbers are nothing that units could be permuted in."""
+    return tensor.numel() > 1 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """id -> name of every tensor of the model; the first of several names."""
+    names: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(id(tensor), name)
+    return names
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, inputs: tuple, units: Units, names: dict[int, str],
+           state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
+    attributes = [value for module in model.modules() for key, value in vars(module).items()
+                  if key not in ("_parameters", "_buffers", "_modules")]
+    trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
+    for x in tensors_of(inputs):
+        trace.layouts[x], trace.alive[x] = (), True
+    for tensor in tensors_within(run(model, *inputs, within=trace, what="an example")):
+        units.fix(trace.layout(tensor), "the model's output")
+    return trace
+
+
+def _spec(units: Units, trace: Trace, everything: Mapping[str, Tensor], names: dict[int, str]) -> PermutationSpec:
+    for axis in units.axes:
+        if axis.tensor and axis.tensor not in everything:  # agents don't exchange it
+            units.fix((axis.labels,), f"{axis.tensor} is not in the state dict")
+    found = groups(units)
+    group_of = np.full(found.bundle.max(initial=-1) + 1, MISSING)
+    place = np.zeros_like(group_of)
+    for g, group in enumerate(found.groups):
+        group_of[group.bundles], place[group.bundles] = g, np.arange(len(group.bundles))
+    all_names = [group.name for group in found.groups]
+
+    def entries(labels: Labels) -> dict[int, Tensor]:
+        """Group -> (units, repeat) positions in the flattened labels."""
+        unit, rank = np.divmod(labels.ravel(), RANKS)
+        bundle = found.bundle[unit]
+        group = group_of[bundle]
+        result = {}
+        for g in np.unique(group[group != MISSING]).tolist():
+            where = np.flatnonzero(group == g)
+            order = where[np.lexsort((rank[where], unit[where], place[bundle[where]]))]
+            result[g] = torch.from_numpy(order.reshape(len(found.groups[g].bundles), -1))
+        return result
+
+    members: dict[int, list[Member]] = {g: [] for g in range(len(found.groups))}
+    for axis in units.axes:
+        if axis.tensor:
+            for g, where in entries(axis.labels).items():
+                members[g].append(Member(axis.tensor, axis.dims, where, axis.blocks))
+    for name, tensor in everything.items():  # the other names of a shared tensor
+        known = names.get(id(tensor))
+        if known is not None and known != name:
+            for of_group in members.values():
+                of_group += [Member(name, m.dims, m.entries, m.blocks) for m in of_group if m.tensor == known]
+
+    reads: dict[int, dict[int, Read]] = {g: {} for g in members}
+    for reading in trace.readings:
+        wanted = entries(reading.labels)
+        for labels in reading.source.layout:
+            for g, where in entries(labels).items():
+                if g in wanted:
+                    # Several layers may read the same tensor: once is enough, where it is read last.
+                    reads[g].pop(reading.source.content, None)
+                    others = [other for other in reading.source.layout if other is not labels and entries(other)]
+                    reads[g][reading.source.content] = _read(reading.source, labels, where, others, reading.by, trace)
+    return PermutationSpec(
+        sizes={name: len(group.bundles) for name, group in zip(all_names, found.groups, strict=True)},
+        members={all_names[g]: tuple(of_group) for g, of_group in members.items()},
+        blocks={group.name: all_names[group.outer] for group in found.groups if group.outer is not None},
+        fixed=found.fixed,
+        reads={all_names[g]: tuple(of_group.values()) for g, of_group in reads.items()},
+        tensors=tuple(everything),
+    )
+
+
+def _read(source: Source, labels: Labels, where: Tensor, others: list[Labels], by: str, trace: Trace) -> Read:
+    dims = tuple(sorted(varied(labels)))
+    averaged = tuple(sorted(frozenset().union(*map(varied, others))))
+    return Read(source.name, source.number, source.slot, dims, tuple(labels.shape[d] for d in dims), where, averaged,
+                by.removesuffix(".weight"), source.storage in trace.written)
+
+
+def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example) -> PermutationSpec:
+    """A spec by hand: tensor -> one name for each dimension, None where nothing is permuted.
+
+    Dimensions of the same name are permuted together; one that is longer than the shortest of its name holds each unit
+    as a run of consecutive entries (a flattened map). Tensors that are left out hold no units. The layers' inputs whose
+    features are read are found by watching the model. The spec is verified before it is returned.
+
+    Raises ValueError for unknown tensors, wrong numbers of dimensions or sizes, and where the function would change.
+    """
+    state = model.state_dict()
+    sizes: dict[str, int] = {}
+    for tensor, names in axes.items():
+        if tensor not in state:
+            raise ValueError(f"the model has no tensor {tensor!r}; it has {', '.join([*state][:5])}, ...")
+        if len(names) != state[tensor].ndim:
+            raise ValueError(f"{tensor!r} has {state[tensor].ndim} dimensions, its axes are {tuple(names)}")
+        for name, length in zip(names, state[tensor].shape, strict=True):
+            if name is not None:
+                sizes[name] = min(length, sizes.get(name, length))
+    members: dict[str, list[Member]] = {name: [] for name in sizes}
+    for tensor, names in axes.items():
+        for dim, name in enumerate(names):
+            if name is not None:
+                length = state[tensor].shape[dim]
+                if length % sizes[name]:
+                    raise ValueError(f"{tensor!r}, dimension {dim}: {length} entries for {sizes[name]} units of "
+                                     f"{name!r}")
+                members[name].append(Member(tensor, (dim,), torch.arange(length).reshape(sizes[name], -1)))
+    derived = derive_spec(model, example, check=False)
+    reads = {name: _reads_like(derived, of_group) for name, of_group in members.items()}
+    spec = PermutationSpec(sizes, {name: tuple(m) for name, m in members.items()}, {}, {}, reads, tuple(state))
+    verify(model, spec, example)
+    return spec
+
+
+def _reads_like(derived: PermutationSpec, members: list[Member]) -> tuple[Read, ...]:
+    """The reads of the derived group that shares a member with a group given by hand."""
+    for group, own in derived.members.items():
+        for member in own:
+            for given in members:
+                if (member.tensor, member.dims) == (given.tensor, given.dims) and torch.equal(
+                        member.entries, given.entries):
+                    return derived.reads[group]
+    return ()

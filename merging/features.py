@@ -1,0 +1,85 @@
+"""A group's features, read where the layers that consume it take them in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from merging.running import Slots, own_copy, run
+from merging.spec import PermutationSpec, Read
+from merging.watch import Recorder
+
+
+def read_units(x: Tensor, read: Read) -> Tensor:
+    """The features that `read` tells of, from its tensor x: (rows, units); rows run over all the other entries.
+
+    The rows never share x's memory where x may be written to later.
+    """
+    if tuple(x.shape[d] for d in read.dims) != read.shape:
+        raise ValueError(f"{read.layer} reads units in dimensions {read.dims} of a tensor of shape {tuple(x.shape)}, "
+                         f"where the spec was derived with {read.shape}: derive it from images of the same size")
+    if read.averaged:
+        x = x.mean(read.averaged, keepdim=True)
+    x = x.movedim(read.dims, tuple(range(-len(read.dims), 0))).flatten(-len(read.dims))
+    units, repeat = read.entries.shape
+    start, count = int(read.entries[0, 0]), units * repeat
+    if torch.equal(read.entries.flatten(), torch.arange(start, start + count)):
+        rows = x.narrow(-1, start, count)
+    else:
+        rows = x.index_select(-1, read.entries.flatten().to(x.device))
+    rows = rows.unflatten(-1, (units, repeat)).movedim(-2, -1).reshape(-1, units)
+    shared = read.written and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return rows.clone() if shared else rows
+
+
+class _Enough(BaseException):
+    """All features are there."""
+
+
+class FeatureReader:
+    """reader(state, x) gives group -> list of features (rows, units), one row per sample and position.
+
+    at: "last" reads a group once, at the input of the last layer that consumes it (after the activation; before a
+    global pool, flatten or dropout that leads there), as in the paper; "all" at every distinct consumer input.
+    Runs a copy of the model in eval mode, as far as the last read, with the tensors of `state` in its own precision.
+    """
+
+    def __init__(self, model: nn.Module, spec: PermutationSpec, at: str = "all", device: torch.device | None = None):
+        if at not in ("last", "all"):
+            raise ValueError(f"at={at!r}: choose 'last' or 'all'")
+        self.model = own_copy(model).to(device)
+        self.slots = Slots(self.model)
+        self.reads = {group: spec.reads_at(group, at) for group in spec.reads}
+        self.wanted: dict[tuple[str, int], list[int]] = {}
+        for reads in self.reads.values():
+            for read in reads:
+                slots = self.wanted.setdefault((read.function, read.number), [])
+                slots += [read.slot] if read.slot not in slots else []
+
+    @torch.no_grad()
+    def __call__(self, state: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, list[Tensor]]:
+        by_place: dict[tuple, list[tuple[str, int, Read]]] = {}
+        for group, reads in self.reads.items():
+            for n, read in enumerate(reads):
+                by_place.setdefault((read.function, read.number, read.slot), []).append((group, n, read))
+        features: dict[str, dict[int, Tensor]] = {group: {} for group in self.reads}
+        left = len(by_place)
+
+        def take(call: tuple[str, int], slot: int, x: Tensor) -> None:
+            nonlocal left
+            for group, n, read in by_place[(*call, slot)]:
+                features[group][n] = read_units(x, read)
+            left -= 1
+            if not left:
+                raise _Enough
+
+        self.slots.put(state)
+        with contextlib.suppress(_Enough):
+            run(self.model, *inputs, within=Recorder(self.wanted, take))
+        if left:
+            raise ValueError(f"{left} of the layers that read features were not reached: the forward pass of "
+                             f"{type(self.model).__name__} takes another way than when the spec was derived")
+        return {group: [found[n] for n in sorted(found)] for group, found in features.items()}

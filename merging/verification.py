@@ -1,0 +1,168 @@
+"""The check of a spec: permuting the units of every group must leave the outputs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run
+from merging.spec import PermutationSpec, identity, permute, random_permutations
+from merging.watch import tensors_within
+
+Example = Tensor | Sequence[Any]
+
+
+def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance: float = 1e-9) -> float:
+    """Check that permuting the units of every group leaves the function alone; the relative error of the outputs.
+
+    On a copy in float64 on the CPU, with random inputs, and random values instead of constant ones in its tensors (as a
+    fresh BatchNorm has them), which would hide a fault. Inputs are standard normal; where these don't give finite
+    outputs (a logarithm), uniform between 0 and 1, or else close to the example. What the network asks for in a lower
+    precision is in float64 as well. A network that can't run so is checked as it is, where it is; then `tolerance` is a
+    hundred times what rounding its tensors to their precision does to the outputs.
+    Each output tensor is compared on its own.
+
+    Raises ValueError, naming a group at fault, if the outputs differ by more than `tolerance`, and where they can't be
+    compared: there are none, none is finite, or they depend on more than inputs and tensors.
+    """
+    try:
+        return _verify(model, spec, example, lambda: own_copy(model).cpu().double(), tolerance)
+    except DoesNotRun as failure:
+        try:
+            return _verify(model, spec, example, lambda: own_copy(model), None)
+        except DoesNotRun:
+            raise failure from None
+
+
+def _verify(original: nn.Module, spec: PermutationSpec, example: Example, fresh: Callable[[], nn.Module],
+            tolerance: float | None) -> float:
+    """See `verify`. fresh() is a copy to check, in float64; or, with a tolerance of None, as it is."""
+    kind, wide = type(original).__name__, tolerance is not None
+    model, noise = fresh(), torch.Generator().manual_seed(1)
+    state = model.state_dict()
+    _make_unlike(state, noise)
+
+    @torch.no_grad()
+    def outputs(state: Mapping[str, Any], model: nn.Module = model) -> list[Tensor]:
+        Slots(model).put(state)
+        results = run(model, *inputs, within=DoublePrecision() if wide else None, what="inputs")
+        return [(torch.view_as_real(y) if y.is_complex() else y).double().flatten().cpu()
+                for y in tensors_within(results)]
+
+    tried = []
+    for draw in (_normal, _uniform, _near):
+        inputs = samples(model, example, draw=draw)
+        expected = outputs(state)
+        tried.append((sum(int(y.isfinite().sum()) for y in expected), inputs, expected))
+        if tried[-1][0] == sum(map(len, expected)):
+            break
+    finite, inputs, expected = max(tried, key=lambda one: one[0])
+    if not finite:
+        what = "only NaN and infinite values" if any(map(len, expected)) else "no values"
+        raise ValueError(f"{kind} puts out {what}, so there is nothing to check a spec by: pass an example of inputs "
+                         "that it puts out numbers for")
+
+    if tolerance is None:
+        rounded, coarsest = _rounded(state, noise)
+        tolerance = 100 * max(_error(outputs(rounded), expected), coarsest)
+        if not tolerance <= 1e-2:
+            raise DoesNotRun(f"the outputs of {kind} depend too much on rounding to check a spec by")
+
+    def fits(found: list[Tensor]) -> bool:
+        return _error(found, expected) <= tolerance
+
+    permutations = random_permutations(spec, noise)
+    permuted = permute(spec, permutations, state)
+    worst = _error(outputs(permuted), expected)
+    if worst <= tolerance:
+        return worst
+    if not fits(outputs(state, fresh())):
+        raise ValueError(f"{kind} puts out other values for the same inputs and tensors in evaluation mode: a spec can "
+                         "be checked where its forward pass neither draws random numbers nor changes tensors")
+    if fits(outputs(permuted, fresh())):
+        raise ValueError(f"{kind} keeps values from one forward pass to the next that belong to the tensors it had "
+                         "then, as a cache does: switch that off for merging")
+    nothing = identity(spec)
+    for group in spec.sizes:
+        together = {group, spec.blocks.get(group, group)}
+        together |= {other for other, outer in spec.blocks.items() if outer in together}
+        part = permute(spec, nothing | {name: permutations[name] for name in together}, state)
+        error = _error(outputs(part), expected)
+        if not error <= tolerance:
+            raise ValueError(f"permuting the units of group {group!r} changes the outputs by {error:.1e} (relative): "
+                             f"the spec does not fit {kind}")
+    raise ValueError(f"permuting all groups changes the outputs by {worst:.1e} (relative)")
+
+
+def _make_unlike(state: Mapping[str, Any], noise: torch.Generator) -> None:
+    """Adds noise to the tensors of a state dict that are vectors or constant, in place: equal values hide faults."""
+    for name, tensor in _numbers(state).items():
+        if tensor.numel() > 1 and (tensor.ndim == 1 or tensor.min() == tensor.max()):
+            spread = float(tensor.std())
+            scale = 0.1 * (spread if spread > 0 else float(tensor.abs().mean()) or 1.0)
+            positive = name.endswith("running_var")
+            noisy = torch.randn(tensor.shape, generator=noise, dtype=torch.float64).mul_(scale)
+            tensor += (noisy.abs() if positive else noisy).to(tensor)
+
+
+def _rounded(state: Mapping[str, Any], noise: torch.Generator) -> tuple[dict[str, Any], float]:
+    """A state dict whose numbers are off by about their precision, and the coarsest of these."""
+    off = {name: torch.finfo(tensor.dtype).eps for name, tensor in _numbers(state).items()}
+    return {name: tensor * (1 + off[name] * torch.randn(tensor.shape, generator=noise).to(tensor)) if name in off
+            else tensor for name, tensor in state.items()}, max(off.values(), default=0.0)
+
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if is_mixed(name, tensor) and tensor.is_floating_point()}
+
+
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest of the output tensors' relative errors; infinite where something not finite isn't what it was."""
+    if [len(y) for y in found] != [len(y) for y in expected]:
+        return math.inf
+    differences, sizes = [], []
+    for y, right in zip(found, expected, strict=True):
+        finite = right.isfinite()
+        if not torch.allclose(y[~finite], right[~finite], equal_nan=True):
+            return math.inf
+        differences.append(float((y[finite] - right[finite]).norm()))
+        sizes.append(float(right[finite].norm()))
+    least = max(1e-4 * math.hypot(*sizes), 1e-300)  # a small output may be nothing but the rounding of large ones
+    return max(difference / max(size, least) for difference, size in zip(differences, sizes, strict=True))
+
+
+def _normal(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=noise)
+
+
+def _uniform(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=noise)
+
+
+def _near(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """The example's own values, each up to a tenth larger: equal ones would hide faults."""
+    return x.detach().cpu()[torch.arange(shape[0]) % len(x)] * (1 + 0.1 * torch.rand(shape, generator=noise))
+
+
+def samples(model: nn.Module, example: Example, number: int = 2, draw: Callable[..., Tensor] = _normal) -> tuple:
+    """Inputs of several samples, so that the batch doesn't pass for a dimension of length 1."""
+    if isinstance(example, (Mapping, str)):
+        raise ValueError(f"an example is a tensor or a tuple of the forward pass's inputs, not a "
+                         f"{type(example).__name__}: pass its inputs in their order")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    noise = torch.Generator().manual_seed(0)
+
+    def sample(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.ndim:
+            return x
+        shape = (number, *x.shape[1:])
+        if x.is_floating_point() or x.is_complex():
+            return draw(x, shape, noise).to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+        top = int(x.max()) + 1 if x.numel() and x.dtype != torch.bool else 1  # numbers as large as the example's
+        return torch.randint(max(top, 1), shape, generator=noise).to(like.device, x.dtype)
+
+    return tuple(map(sample, (example,) if isinstance(example, Tensor) else example))

@@ -1,0 +1,190 @@
+"""Watching a forward pass: each call of a torch function, numbered, while the model runs as it is.
+
+So nothing needs to be symbolically traceable. `merging.trace` watches what calls mean for units; `Recorder` watches
+later passes in the same way, to fetch features where layers read them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from merging.functions import VALUES
+
+
+class UnsupportedOperation(ValueError):
+    """The forward pass does something that no permutation of units can be carried through."""
+
+
+@dataclass
+class Call:
+    """One call of a torch function, done."""
+
+    name: str
+    number: int  # among the calls of this name
+    func: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Any
+
+    @property
+    def base(self) -> str:
+        """The name without the underscore of functions that work in place."""
+        return self.name[:-1] if self.name.endswith("_") and not self.name.startswith("_") else self.name
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return tensors_of((self.args, self.kwargs))
+
+    @property
+    def results(self) -> list[Tensor]:
+        return tensors_of(self.result)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """`kwargs` under torch's own names, where it takes NumPy's too."""
+        return {_ALIASES.get(name, name): value for name, value in self.kwargs.items()}
+
+
+_ALIASES = {"axis": "dim", "keepdims": "keepdim", "a": "input", "x": "input", "x1": "input", "x2": "other"}
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def tensors_within(tree: Any, seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Those in the fields of objects too (but not of objects that these lie in)."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif id(leaf) not in seen and not isinstance(leaf, (type, Callable)):
+            fields = [*getattr(leaf, "__dict__", ()), *getattr(type(leaf), "__slots__", ())]
+            found += tensors_within([getattr(leaf, name, None) for name in fields], seen | {id(leaf)})
+    return found
+
+
+def function_name(func: Callable) -> str:
+    """`__getitem__` -> getitem, `__rsub__` -> sub, the property T -> T; in-place functions keep their underscore."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", name)
+    if name.startswith("__") and name.endswith("__") and name not in VALUES:
+        name = name[2:-2]
+        name = _DUNDERS.get(name, name)
+    return name
+
+
+_DUNDERS = {"rsub": "sub", "rdiv": "div", "truediv": "div", "rtruediv": "div", "radd": "add", "rmul": "mul",
+            "rpow": "pow", "rmatmul": "matmul", "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}
+
+
+class Watch(TorchFunctionMode):
+    """Numbers the calls of each function, the same way in every pass; compound ones are done step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        name = function_name(func)
+        steps = _COMPOUND.get(name)
+        if steps and (done := self._in_steps(steps, args, kwargs)) is not NotImplemented:
+            return done
+        self.calls[name] += 1
+        return self.watch(Call(name, self.calls[name], func, args, kwargs, None))
+
+    def _in_steps(self, steps: Callable, args: tuple, kwargs: dict) -> Any:
+        with self:
+            return steps(*args, **kwargs)
+
+    def watch(self, call: Call) -> Any:
+        """Carry it out; subclasses look at it, too."""
+        return call.func(*call.args, **call.kwargs)
+
+
+class Recorder(Watch):
+    """Hands tensors to `take` just before calls that are wanted: (name, number) -> slots."""
+
+    def __init__(self, wanted: dict[tuple[str, int], list[int]], take: Callable[[tuple[str, int], int, Tensor], None]):
+        super().__init__()
+        self.wanted, self.take = wanted, take
+
+    def watch(self, call: Call) -> Any:
+        key = (call.name, call.number)
+        if key in self.wanted:
+            tensors = call.tensors
+            for slot in self.wanted[key]:
+                self.take(key, slot, tensors[slot])
+        return super().watch(call)
+
+
+# Compound functions, done in steps that have rules
+
+_COMPOUND: dict[str, Callable] = {}
+
+
+def _compound(name: str) -> Callable[[Callable], Callable]:
+    def register(steps: Callable) -> Callable:
+        _COMPOUND[name] = steps
+        return steps
+
+    return register
+
+
+@_compound("glu")
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+@_compound("multi_head_attention_forward")
+def _multi_head_attention(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k,
+                          bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True,
+                          key_padding_mask=None, need_weights=True, attn_mask=None, use_separate_proj_weight=False,
+                          q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
+                          average_attn_weights=True, is_causal=False):
+    """Attention is All You Need, section 3.2.2, on (tokens, batch, channels) as torch has it."""
+    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+        return NotImplemented
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    batched = query.dim() == 3
+    projected = []
+    for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
+        x = F.linear(x if batched else x.unsqueeze(1), weight, bias)
+        projected.append(x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3))  # (batch, heads, tokens, channels)
+    q, k, v = projected
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, num_heads)))
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask.view(-1, 1, 1, key_padding_mask.shape[-1]))
+    mask = None
+    for m in masks:
+        m = torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -math.inf) if m.dtype == torch.bool else m
+        mask = m if mask is None else mask + m
+    if need_weights:
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        scores = (scores if mask is None else scores + mask).softmax(-1)
+        out = F.dropout(scores, dropout_p, training) @ v
+    else:
+        scores, out = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
+    out = F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+    if need_weights and average_attn_weights:
+        scores = scores.mean(1)
+    if not batched:
+        out, scores = out.squeeze(1), scores.squeeze(0) if need_weights else None
+    return out, scores

@@ -1,0 +1,52 @@
+"""Which units trade places, from ties and nests alone."""
+
+import numpy as np
+
+from merging.bundles import groups
+from merging.units import Units
+
+
+def units_read(*axes):
+    units = Units()
+    labels = [units.new((size,), name, (0,)) for name, size in axes]
+    units.read += labels
+    return units, labels
+
+
+def found(units):
+    return {group.name: group.bundles.tolist() for group in groups(units).groups}
+
+
+def test_only_what_is_tied_alike_trades_places():
+    units, (a, b) = units_read(("a", 6), ("b", 6))
+    units.tie(a[:4], b[[3, 2, 1, 0]])
+    units.tie(a[[1, 0]], b[[2, 3]])  # once more, in another order: now these two are tied twice
+    assert found(units) == {"a[0:2]": [0, 1], "a[2:4]": [2, 3], "a[4:6]": [4, 5], "b[4:6]": [6, 7]}
+
+
+def test_entries_of_a_unit_are_told_apart_by_their_ranks():
+    units, (a, b) = units_read(("a", 3), ("b", 6))
+    ranks = np.array([0, 1, 0, 1, 1, 0])
+    units.tie((a[:, None] + [0, 1]).ravel(), b)
+    assert found(units) == {"a": [0, 1, 2]}
+    units, (a, b) = units_read(("a", 3), ("b", 6))
+    units.tie(np.repeat(a, 2) + ranks, b)
+    assert found(units) == {"a[0:2]": [0, 1]}  # the third holds its entries the other way round
+    assert groups(units).fixed == {"a": "a single unit"}
+
+
+def test_blocks_of_the_same_make_trade_places_and_units_within_them():
+    units, (a,) = units_read(("a", 7))
+    blocks = units.new((3,))
+    units.nest(a, blocks[[0, 0, 1, 1, 2, 2, 2]])
+    result = groups(units)
+    assert [(group.name, group.bundles.tolist(), group.outer) for group in result.groups] == [
+        ("blocks of a", [7, 8], None), ("a[0:4]", [0, 1, 2, 3], 0), ("a[4:7]", [4, 5, 6], None)]
+
+
+def test_the_order_in_which_things_became_known_does_not_matter():
+    units, (a, b, c) = units_read(("a", 2), ("b", 2), ("c", 2))
+    units.tie(a[:1], c[:1])
+    units.tie(a, b)
+    units.tie(a[1:], c[1:])
+    assert found(units) == {"a": [0, 1]}
