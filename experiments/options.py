@@ -151,15 +151,10 @@ def main_parser() -> argparse.ArgumentParser:
                    help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
     g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
                    help="most memory for the correlation matrices; beyond it the edges are taken in blocks (but by "
-                        "--align at_once and C2M3, which hold all pairs)")
+                        "C2M3, which holds all pairs)")
     g.add_argument("--match_prior", choices=list(PRIORS), default="none",
                    help="DIMAT and COMMON: identity leaves units where they are unless the gain in correlation exceeds "
                         "the noise of its estimate (for agents that began alike)")
-    g.add_argument("--align", choices=["in_turn", "at_once"], default="in_turn",
-                   help="COMMON: in_turn: breadth first from --root, each agent to its neighbours that have had their "
-                        "turn; at_once: all pairs together, as in C2M3 (fully_connected with --match_data=all)")
-    g.add_argument("--align_every", type=number(int, 0), default=0, metavar="K",
-                   help="COMMON: align again every K merges; 0 = only before the first")
     g.add_argument("--root", type=number(int, 0), default=None, metavar="I",
                    help="COMMON: the agent whose order of units the others take (default, and where it is down or in "
                         "another part: the centre of the graph)")

@@ -18,15 +18,17 @@ REFERENCE = {
     "match_data": "all", "match_samples": 0, "match_augment": True, "match_at": "last", "bn_reset": "both",
     "pretrain_epochs": 100, "pretrain_seed": None, "pretrain_init": "diff",
     "wire": "fp32", "link_failure": 0.0, "agent_failure": 0.0, "exchanged_by": None, "staleness": 0,
-    "match_prior": "none", "align": "in_turn", "align_every": 0, "root": None, "robust": "none", "max_distance": 10.0,
+    "match_prior": "none", "root": None, "robust": "none", "max_distance": 10.0,
 }
 OF_MERGES = ("optim", "match_data", "match_samples", "match_augment", "match_at", "bn_reset", "wire", "link_failure",
-             "agent_failure", "exchanged_by", "staleness", "match_prior", "align", "align_every", "root", "robust",
+             "agent_failure", "exchanged_by", "staleness", "match_prior", "root", "robust",
              "max_distance")
 BASELINE_REFERENCE = {key: value for key, value in REFERENCE.items() if key not in OF_MERGES} | {
     "lr": 0.01, "lr_decay": 0.981, "momentum": 0.9, "mix_buffers": True, "cga_form": "paper",
     "cga_scope": "model", "eval_bn": "running", "bn_samples": 0,
 }
+# Options that are gone, with the value that all runs have now: older run folders name them.
+RETIRED = {"align": "in_turn", "align_every": 0}
 ALONE = "NONE"  # instead of a merge method: agents train and never merge
 LOCAL_TRAINING = ("epochs", "optim", "lr", "momentum", "weight_decay", "amp")
 SHORT = {"width_multiplier": "width"}

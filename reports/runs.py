@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.checkpoints import INHERITED
-from experiments.reference import ALONE, BASELINE_REFERENCE, LOCAL_TRAINING, REFERENCE, SHORT
+from experiments.reference import ALONE, BASELINE_REFERENCE, LOCAL_TRAINING, REFERENCE, RETIRED, SHORT
 from experiments.run_folder import FREE, PHASES, is_part
 from network.topology import short_name
 from storage.files import load_yaml, read_rows
@@ -25,7 +25,7 @@ PLAIN = ("WA", "WM", ALONE)  # read no images to find what fits what
 IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
 MATCHING = ("match_data", "match_samples", "match_augment")
-ALIGNING = ("align", "align_every", "root")
+ALIGNING = (*RETIRED, "root")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*?num_epochs_(\d+)/(?:([^/]*=[^/]*)/)?random_seed_(\d+)/*$")
 REQUIRED = {"opt": str, "topology": str, "num_models": int, "seed": int, "merg_itr": int, "dataset": str, "model": str,
             "data_dist": str}
@@ -156,7 +156,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Hashable]:
 
     What it lacks is younger than it and has the value of the reference table.
     """
-    reference = BASELINE_REFERENCE if is_baseline(config) else REFERENCE
+    reference = BASELINE_REFERENCE if is_baseline(config) else REFERENCE | RETIRED
     usual = {key: value for key, value in reference.items() if not key.startswith("pretrain_")}
     o = usual | {str(key): _hashable(value) for key, value in config.items()}
     o["topology"] = short_name(str(o["topology"]))

@@ -393,9 +393,9 @@ def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
 
 
 def test_a_common_basis_resumes_to_an_equal_run(checkpoints, tmp_path):
-    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--align_every=2", "--match_prior=identity"]
+    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--match_prior=identity"]
     whole = folder_of(script("main", *flags, "--merg_itr=3", cwd=tmp_path), tmp_path)
-    assert whole.parent.name.endswith("match_prior=identity,align_every=2")
+    assert whole.parent.name.endswith("match_prior=identity")
     home = tmp_path / "in_parts"
     home.mkdir()
     for length in (1, 2, 3):
