@@ -98,17 +98,17 @@ def carry_out(agents: Agents, algorithm: Algorithm, last: int, open_folder: Call
         if done.iteration < last:
             if done.iteration and folder:
                 print(f"continuing after {unit} {done.iteration * units} of {last * units}")
-            run = Run(agents, folder, last, keep)
+            logbook = Logbook(agents, folder, last, keep)
             if not done.iteration:
-                run.record(done)
-            for phase in algorithm(done, run.iterations(done.iteration + 1)):
-                run.record(phase)
+                logbook.record(done)
+            for phase in algorithm(done, logbook.iterations(done.iteration + 1)):
+                logbook.record(phase)
         elif folder:
             print(f"finished before: {done.iteration * units} {unit}s are done (--overwrite starts afresh)")
     return folder.path if folder else Path()
 
 
-class Run:
+class Logbook:
     """Records phases and commits iterations. folder: at the writer."""
 
     def __init__(self, agents: Agents, folder: RunFolder | None, last: int, keep: bool) -> None:
