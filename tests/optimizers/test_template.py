@@ -15,19 +15,22 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = 20
 
 
-def example() -> str:
-    """The one function under @register_baseline in the documentation."""
+def examples() -> list[str]:
+    """The functions under @register_baseline in the documentation."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found, = {text for page in pages
-              for text in re.findall(r'^(@register_baseline\(.*?)(?:\n\n|^~~~)', page.read_text(), re.M | re.S)}
-    return found
+    return [text for page in pages
+            for text in re.findall(r"^(@register_baseline\(.*?)(?:\n\n|^~~~)", page.read_text(), re.M | re.S)]
 
 
-@pytest.fixture
-def documented(monkeypatch) -> str:
-    """Its name, registered for the duration of a test."""
+def test_there_is_an_example():
+    assert examples()
+
+
+@pytest.fixture(params=examples())
+def documented(request, monkeypatch) -> str:
+    """An example's name, registered for the duration of a test."""
     monkeypatch.setattr("optimizers.registry.BASELINES", baselines := BASELINES.copy())
-    exec(example(), {"register_baseline": register_baseline})
+    exec(request.param, {"register_baseline": register_baseline})
     name, = baselines.keys() - BASELINES.keys()
     monkeypatch.setitem(BASELINES, name, baselines[name])
     return name
