@@ -16,7 +16,7 @@ from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_mode
 from experiments.checkpoints import check_state, checkpoint_folder
 from experiments.options import train_parser
 from experiments.parsing import parse, pick_device
-from experiments.reference import circumstances
+from experiments.run_folder import circumstances
 from experiments.scripts import run_script
 from experiments.trainings import COLUMNS, TABLE, describe_training, fill_defaults, rows_of_finished
 from models import training

@@ -10,8 +10,8 @@ import torch
 
 from experiments.collect import collect
 from experiments.merges import options_that_matter, topology_to_merge_over
+from experiments.options import MAIN, usual
 from experiments.parsing import pick_device
-from experiments.reference import REFERENCE
 from experiments.run_folder import run_folder
 from experiments.settle import matrices, settle_options
 from network.folder import forget
@@ -39,9 +39,9 @@ def settle_processes(o: Namespace) -> None:
     if o.processes and o.processes != o.num_models:
         raise ValueError(f"--processes {o.processes}: every agent is a process of its own, so give {o.num_models}, or "
                          "another --num_models; --workers deals agents out to fewer processes")
-    for option, usual in {"exchange": None, "exchange_key": None, "staleness": 0,
-                          "max_distance": REFERENCE["max_distance"]}.items():
-        if getattr(o, option) != usual and not (alone or o.processes):
+    for option, default in {"exchange": None, "exchange_key": None, "staleness": 0,
+                            "max_distance": usual(MAIN)["max_distance"]}.items():
+        if getattr(o, option) != default and not (alone or o.processes):
             raise ValueError(f"--{option} is for agents on their own: give --agent or --processes as well")
     o.resume = o.resume or (alone and not o.overwrite)  # an agent comes back by the same command
 

@@ -16,9 +16,8 @@ import torch
 
 from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_model
 from experiments.checkpoints import State, check_state, digest, digest_of_all
-from experiments.reference import circumstances
-from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
-from experiments.settle import free_options
+from experiments.run_folder import METRICS, RunFolder, circumstances, consensus_distance, record_agents
+from experiments.settle import without_say
 from merging.averaging import weighted_average
 from network.processes import Network, is_launched, is_restart, launch
 from network.topology import Topology
@@ -227,5 +226,5 @@ def open_run(o: Namespace, network: Network, command: str, path: Path, config: d
         return None
     config |= circumstances(command) | {"launch": launch() if is_launched() else None}
     goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
-    return RunFolder(path, config, free=free_options(matter), resume=o.resume or goes_on, start=start,
+    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on, start=start,
                      overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)

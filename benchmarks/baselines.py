@@ -29,11 +29,10 @@ from torch.nn import functional as F
 
 from benchmarks.main_job import in_turns
 from models import build_model
-from models.training import memory_format
 from network.processes import Mail, ManyProcesses, Network
 from network.topology import make_topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
-from utils.memory import keep_freed_memory
+from utils.memory import keep_freed_memory, memory_format
 
 BATCH, NEIGHBOURS = 100, (1, 2)
 

@@ -30,9 +30,9 @@ from data.batches import Batches
 from data.datasets import Dataset, ImageSet, load_dataset
 from merging.averaging import weighted_average
 from models import build_model
-from models.training import evaluate, make_optimizer, memory_format, snapshot, train_epoch
+from models.training import evaluate, make_optimizer, snapshot, train_epoch
 from network.topology import Topology, make_topology
-from utils.memory import keep_freed_memory
+from utils.memory import keep_freed_memory, memory_format
 from utils.seeds import generator
 
 PAPER_SECONDS = 262.0  # the paper's own code, one such iteration on 2 cores (merge 177, evaluations 2 x 33, epoch 18)

@@ -12,20 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.options import MAIN, SHORT, TRAIN, names, silent, usual, variant
 from experiments.parsing import as_typed
-from experiments.reference import REFERENCE, SHORT, variant
 from network.wire import State
 from storage.files import level, load_tensors, load_yaml
-
-INHERITED = ("data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier")
 
 
 def checkpoint_folder(o: dict[str, Any]) -> Path:
     """The documented path of train.py's checkpoints for its options `o`."""
     init = "same" if o["init_seed"] else "diff"
-    halves = o["data_dist"] == "non-iid-PF" and o["phase"] != "pretrain"
-    dealt_anew = None if o.get("partition_seed") == o["seed"] else o.get("partition_seed")
-    unusual = variant(o | {"phase": o["phase"] if halves else None, "partition_seed": dealt_anew})
+    unusual = variant(o | dict.fromkeys(silent(o)), TRAIN)
     parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
              f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
     return Path(o["save_folder"]).joinpath(*map(level, filter(None, parts)))
@@ -47,9 +43,9 @@ def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
     said = {}
     if found := LEVELS.search(folder.resolve().as_posix()):
         said = found.groupdict() | {"init_seed": found["init_seed"] == "same"}
-        names = {short: key for key, short in SHORT.items()}
+        known, long = usual(MAIN), {short: key for key, short in SHORT.items()}
         settings = (setting.partition("=") for setting in (said.pop("unusual") or "").split(","))
-        said |= {names.get(key, key): value for key, _, value in settings if names.get(key, key) in REFERENCE}
+        said |= {long.get(key, key): value for key, _, value in settings if long.get(key, key) in known}
     config = folder / "config.yaml"
     return as_typed(parser, said, f"the path {folder}") | as_typed(parser, load_yaml(config), str(config))
 
@@ -63,7 +59,7 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
         theirs, ours = made_with.get(key), options[key]
         if theirs is not None and theirs.replace(":", "_") != ours.replace(":", "_"):
             raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
-    for key in INHERITED:
+    for key in names(lambda option: option.inherited):
         theirs = made_with.get(key)
         if options[key] is None:
             options[key] = theirs

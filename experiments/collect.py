@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.checkpoints import digest_of_all
+from experiments.options import free
 from experiments.parsing import parser
-from experiments.run_folder import FREE, PHASES, is_part
+from experiments.run_folder import PHASES, is_part
 from experiments.scripts import run_script
 from storage.files import claim, load_tensors, load_yaml, read_rows, save_rows, save_tensors, save_yaml
 
@@ -34,7 +35,7 @@ def collect(path: Path) -> Path:
         raise ValueError(f"{odd[0]} has no config.yaml of a run")
     first = configs[next(iter(parts))]
     for i, config in configs.items():
-        for key in (config.keys() | first.keys()) - FREE - {"agent", "first_models"}:
+        for key in (config.keys() | first.keys()) - free() - {"agent", "first_models"}:
             if config.get(key) != first.get(key):
                 raise ValueError(f"{parts[i]} was run with {key}={config.get(key)}, another agent with "
                                  f"{first.get(key)}: they are not of one run")

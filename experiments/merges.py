@@ -5,32 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from experiments.reference import ALONE, LOCAL_TRAINING
+from experiments.options import ALONE, silent
 from experiments.run_folder import run_folder
-from experiments.settle import is_complete, matrices, settle_options, start_that_matters
+from experiments.settle import is_complete, matrices, pretraining, settle_options
 from merging import METHODS
 from network.topology import Topology, make_topology
 
 
 def options_that_matter(o: Namespace, made_with: dict) -> dict:
     """What changes this run's results and is not a level of its path already; None where it has no say."""
-    merges = o.opt != ALONE
-    aligns = merges and METHODS[o.opt].aligned
-    matches = aligns or (merges and METHODS[o.opt].reads_images)
-    reads = matches or o.bn_reset != "none"
-    trains = {} if o.training else dict.fromkeys(LOCAL_TRAINING)
-    return vars(o) | trains | {
-        "match_data": o.match_data if merges and reads else None,
-        "match_samples": o.match_samples if reads else None,
-        "match_augment": o.match_augment if reads else None,
-        "match_at": o.match_at if matches else None,
-        "match_prior": o.match_prior if o.opt == "DIMAT" or aligns else None,
-        "wire": o.wire if merges else None,
-        "link_failure": o.link_failure if merges else None,
-        "robust": o.robust if merges else None,
-        "max_distance": o.max_distance if merges and (o.agent is not None or o.processes) else None,
-        "exchanged_by": None if o.agent is None and not o.processes else "folder",
-    } | start_that_matters(o, made_with)
+    folder = None if o.agent is None and not o.processes else "folder"
+    return vars(o) | {"exchanged_by": folder} | dict.fromkeys(silent(vars(o))) | pretraining(o, made_with)
 
 
 def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:

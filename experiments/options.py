@@ -1,122 +1,399 @@
-"""Every command-line option of the scripts, in one place, so that one flag means one thing everywhere."""
+"""Every option of train.py, main.py and base_lines.py: one entry each, and all that follows from it.
+
+Adding an option is adding an entry to OPTIONS. Command lines, the names of run folders, what makes two commands one
+run, what a run inherits from its checkpoints, sweeps, tables and pictures read it there.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data.datasets import DATASETS
 from data.partition import PARTITIONS
-from experiments.parsing import exchange, flag, number, parser, path
-from merging import METHODS
-from merging.activation_matching import PRIORS
+from experiments.parsing import boolean, exchange, number, parser, path
 from models import MODELS
 from network.processes import BACKENDS, STARTING
 from network.topology import DIRECTED, EXPS, TOPOLOGIES
 from network.wire import WIRES
 from network.workers import launched_agents
-from optimizers import BASELINES
-from optimizers.cga import CGA_FORMS, CGA_SCOPES
 
+ALONE = "NONE"  # instead of a merge method: agents train and never merge
 MOST_AGENTS = 20_000  # a mixing matrix of them takes 3.2 GB
+NEVER = object()  # no level of a path
+TRAIN, MAIN, BASE = SCRIPTS = ("train", "main", "base_lines")
+RUNS = (MAIN, BASE)
+GROUPS = ("algorithm", "data", "model", "training", "matching", "processes", "simulated faults", "run", "machine")
+Settings = Mapping[str, Any]  # option -> value, of a command line or a config.yaml
 
 
-def data_options(p: argparse.ArgumentParser, inherit: bool) -> None:
-    """What the agents see. With `inherit` the partition defaults to what the checkpoint folder was made with."""
-    said = " (default: what the checkpoint was made with, else %s)" if inherit else " (default: %s)"
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", "--data", choices=sorted(DATASETS), default="digits", help="data set")
-    g.add_argument("--num_models", type=number(int, 1, MOST_AGENTS), metavar="N",
-                   default=(inherit and launched_agents()) or 5,
-                   help="number of agents" + "; in a group that torchrun launches, as many as processes" * inherit)
-    g.add_argument("--data_dist", choices=list(PARTITIONS), default=None,
-                   help="how the data is dealt to the agents" + said % "iid")
-    g.add_argument("--alpha", type=number(float, 0, strict=True), default=None,
-                   help="concentration of --data_dist=dirichlet; small = each agent has few classes" + said % "0.5")
-    g.add_argument("--partition_seed", type=number(int, 0), default=None,
-                   help="seed of the partition" + said % "the run's seed")
-    g.add_argument("--phase", choices=["pretrain", "finetune"], default="finetune" if inherit else "pretrain",
-                   help="which half of the data --data_dist=non-iid-PF deals")
-    g.add_argument("--train_samples", type=number(int, 0), default=None,
-                   help="use only a class-balanced slice of the training images; 0 = all" + said % "0")
-    g.add_argument("--test_samples", type=number(int, 0), default=0,
-                   help="evaluate on a class-balanced slice of the test images only; 0 = all")
-    g.add_argument("--holdout", type=number(int, 0), default=None, metavar="N",
-                   help="keep N training images from training and evaluate on them instead of the test set, to choose "
-                        "settings by" + said % "0")
-    g.add_argument("--data_dir", type=path, default="datasets", metavar="DIR", help="where the data sets are")
-    g.add_argument("--imgntdir", type=path, default=None, metavar="DIR", help="a folder in Tiny ImageNet's layout")
+@dataclass(frozen=True)
+class OneOf:
+    """What registries offer when a command line is read: they may have grown."""
+
+    names: Callable[[], Collection[str]]
 
 
-def model_options(p: argparse.ArgumentParser, inherit: bool) -> None:
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="resnet20", metavar="NAME",
-                   help=f"architecture: {', '.join(MODELS)} or tv:NAME for any torchvision classifier")
-    g.add_argument("--width_multiplier", type=number(int, 1, 10**6), default=None, metavar="W",
-                   help="width of resnet20 and vgg16; 8 is the paper's"
-                        + (" (default: the checkpoint's, else 8)" if inherit else " (default: 8)"))
+@dataclass(frozen=True)
+class Option:
+    """An option. `kind`, `default`, `help`, `usual` and `flags` may be {script: ...} where the scripts differ.
+
+    kind: an argparse type (`boolean` makes a switch), or the choices; default: of the scripts that have it; flags: its
+    names but for --<name>.
+    usual: the value that a run folder's path doesn't say, the paper's as a rule. It is frozen: a later change of a
+    default never makes an old folder mean something else. NEVER: the path never says it.
+    free: may differ between the sittings of one run; inherited: a run has it from its checkpoints, and where these
+    don't say, it is `otherwise`; handed_on: a sweep gives it to the runs of a pre-training, too; matters: whether it
+    has a say, by the other options; short: its name in paths; derived: nobody gives it
+    (any more), it follows from others.
+    """
+
+    name: str
+    group: str
+    help: Any = ""
+    kind: Any = str
+    default: Any = None
+    scripts: tuple[str, ...] = SCRIPTS
+    metavar: str | None = None
+    flags: Any = ()
+    usual: Any = NEVER
+    free: bool = False
+    inherited: bool = False
+    otherwise: str = ""
+    handed_on: bool = False
+    matters: Callable[[Settings], bool] = lambda o: True
+    short: str = ""
+    derived: bool = False
+
+    def of(self, field: str, script: str) -> Any:
+        """`kind`, `default`, ... in a script."""
+        value = getattr(self, field)
+        return value[script] if isinstance(value, dict) else value
 
 
-def training_options(p: argparse.ArgumentParser, epochs: int, epochs_help: str, optim: Sequence[str]) -> None:
-    """`optim`: the option strings that name the optimiser; train.py has the alias --opt, main.py has not."""
-    g = p.add_argument_group("local training")
-    g.add_argument("--epochs", type=number(int, 0), default=epochs, help=epochs_help)
-    g.add_argument("--batch_size", type=number(int, 1), default=100, help="images per step")
-    g.add_argument(*optim, dest="optim", choices=["adam", "sgd"], default="adam", help="optimiser")
-    g.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3, help="learning rate")
-    g.add_argument("--momentum", type=number(float, 0, 1), default=0.0, help="momentum of --optim=sgd")
-    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
+# When an option has a say. `o` may lack what is younger than a run.
 
 
-def machine_options(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    g.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none", help="mixed precision in training")
-    flag(g, "--compile", help="run the model through torch.compile")
-    g.add_argument("--config", type=path, default=None, metavar="FILE.yaml",
-                   help="read options from a file; flags override it")
-    flag(g, "--overwrite", help="start afresh, deleting what this very command made before")
+def method(o: Settings):
+    """The merge method of main.py; None for agents alone, and for one that isn't registered any more."""
+    from merging import METHODS  # here: tables and pictures are asked for more often than this
+
+    return METHODS.get(o["opt"])
+
+
+def merges(o: Settings) -> bool:
+    return o["opt"] != ALONE
+
+
+def aligns(o: Settings) -> bool:
+    way = method(o)
+    return merges(o) and (way is None or way.aligned)
+
+
+def matches(o: Settings) -> bool:
+    """By activations: then it reads images to find what fits what."""
+    way = method(o)
+    return merges(o) and (way is None or way.aligned or way.reads_images)
+
+
+def reads_images(o: Settings) -> bool:
+    return is_baseline(o) or matches(o) or o["bn_reset"] != "none"
+
+
+def weighs_units(o: Settings) -> bool:
+    return aligns(o) or o["opt"] == "DIMAT"
+
+
+def trains(o: Settings) -> bool:
+    return "training" not in o or bool(o["training"])
+
+
+def merges_over_a_folder(o: Settings) -> bool:
+    return merges(o) and bool(o.get("exchanged_by") or o.get("processes") or o.get("agent") is not None)
+
+
+def deals_halves(o: Settings) -> bool:
+    return o["data_dist"] == "non-iid-PF" and o["phase"] != ("finetune" if "opt" in o else "pretrain")
+
+
+def deals_by_another_seed(o: Settings) -> bool:
+    return o.get("partition_seed") not in (None, o["seed"])
+
+
+def is_baseline(o: Settings) -> bool:
+    return "num_epochs" in o
+
+
+def merge_methods() -> list[str]:
+    from merging import METHODS
+
+    return [*METHODS, ALONE]
+
+
+def priors() -> list[str]:
+    from merging.activation_matching import PRIORS
+
+    return list(PRIORS)
+
+
+def baselines() -> list[str]:
+    from optimizers import BASELINES
+
+    return list(BASELINES)
+
+
+def cga_forms() -> list[str]:
+    from optimizers.cga import CGA_FORMS
+
+    return list(CGA_FORMS)
+
+
+def cga_scopes() -> list[str]:
+    from optimizers.cga import CGA_SCOPES
+
+    return list(CGA_SCOPES)
+
+
+COUNT, SHARE, POSITIVE = number(int, 0), number(float, 0, 1), number(float, 0, strict=True)
+WAITS = {MAIN: "how long to wait for a neighbour, whose local epochs may take so much longer; then a group of "
+               "processes gives up, and an agent on its own merges with those who are there",
+         BASE: "how long to wait for a neighbour before giving up"}
+
+# In the order in which paths name them.
+OPTIONS = (
+    Option("width_multiplier", "model", "width of resnet20 and vgg16; 8 is the paper's", number(int, 1, 10**6),
+           metavar="W", usual=8, inherited=True, otherwise="8", handed_on=True, short="width"),
+    Option("dataset", "data", "data set", OneOf(lambda: sorted(DATASETS)), "digits", flags=("data",), handed_on=True),
+    Option("num_models", "data", {TRAIN: "number of agents"} | dict.fromkeys(
+        RUNS, "number of agents; in a group that torchrun launches, as many as processes"),
+           number(int, 1, MOST_AGENTS), 5, metavar="N", handed_on=True),
+    Option("data_dist", "data", "how the data is dealt to the agents", OneOf(lambda: list(PARTITIONS)), inherited=True,
+           otherwise="iid", handed_on=True),
+    Option("train_samples", "data", "use only a class-balanced slice of the training images; 0 = all", COUNT, usual=0,
+           inherited=True, otherwise="0", handed_on=True),
+    Option("test_samples", "data", "evaluate on a class-balanced slice of the test images only; 0 = all", COUNT, 0,
+           usual=0, handed_on=True),
+    Option("holdout", "data", "keep N training images from training and evaluate on them instead of the test set, to "
+           "choose settings by", COUNT, metavar="N", usual=0, inherited=True, otherwise="0", handed_on=True),
+    Option("alpha", "data", "concentration of --data_dist=dirichlet; small = each agent has few classes", POSITIVE,
+           usual=None, inherited=True, otherwise="0.5", handed_on=True),
+    Option("partition_seed", "data", "seed of the partition", COUNT, usual=None, inherited=True,
+           otherwise="the run's seed", matters=deals_by_another_seed),
+    Option("phase", "data", "which half of the data --data_dist=non-iid-PF deals", ["pretrain", "finetune"],
+           {TRAIN: "pretrain"} | dict.fromkeys(RUNS, "finetune"), usual=None, matters=deals_halves),
+    Option("data_dir", "data", "where the data sets are", path, "datasets", metavar="DIR", free=True, handed_on=True),
+    Option("imgntdir", "data", "a folder in Tiny ImageNet's layout", path, metavar="DIR", usual="tiny-imagenet-200",
+           free=True, handed_on=True),
+    Option("model", "model", f"architecture: {', '.join(MODELS)} or tv:NAME for any torchvision classifier",
+           default="resnet20", metavar="NAME", handed_on=True),
+    Option("epochs", "training", {TRAIN: "epochs of training", MAIN: "local epochs of an iteration",
+                                  BASE: "epochs in all"}, {TRAIN: COUNT, MAIN: COUNT, BASE: number(int, 1)},
+           {TRAIN: 100, MAIN: 2, BASE: 200}, matters=lambda o: trains(o) and not is_baseline(o)),  # may be made longer
+    Option("num_epochs", "training", "epochs between two evaluations", number(int, 1), 2, (BASE,), metavar="E"),
+    Option("batch_size", "training", "images of an agent in a step", number(int, 1), 100, usual=100),
+    Option("optim", "training", "optimiser", ["adam", "sgd"], "adam", (TRAIN, MAIN),
+           flags={TRAIN: ("opt",), MAIN: ()}, usual="adam", matters=trains),
+    Option("lr", "training", {TRAIN: "learning rate", MAIN: "learning rate", BASE: "learning rate of the first epoch"},
+           POSITIVE, {TRAIN: 1e-3, MAIN: 1e-3, BASE: 0.01}, usual={TRAIN: 1e-3, MAIN: 1e-3, BASE: 0.01},
+           matters=trains),
+    Option("momentum", "training", {TRAIN: "momentum of --optim=sgd", MAIN: "momentum of --optim=sgd",
+                                    BASE: "momentum of CDMSGD and CGA (default: 0.9)"}, SHARE,
+           {TRAIN: 0.0, MAIN: 0.0, BASE: None}, usual={TRAIN: 0.0, MAIN: 0.0, BASE: 0.9}, matters=trains),
+    Option("weight_decay", "training", "L2 penalty", number(float, 0), 0.0, usual=0.0, matters=trains),
+    Option("amp", "training", "mixed precision", ["none", "bf16", "fp16"], "none", usual="none", matters=trains),
+    Option("match_data", "matching", "whose training images matching and BatchNorm re-estimation read: every agent's, "
+           "as in the paper, or only the merging agent's own", ["all", "local"], "all", (MAIN,), usual="all",
+           matters=lambda o: merges(o) and reads_images(o)),
+    Option("match_samples", "matching", "how many of these images, class-balanced where they are all agents'; 0 = all, "
+           "as in the paper", COUNT, 1000, (MAIN,), usual=0, matters=reads_images),
+    Option("match_augment", "matching", "augment them, for all models alike", boolean, False, (MAIN,), usual=True,
+           matters=reads_images),
+    Option("match_at", "matching", "read a group's features at the input of its last consumer, as in the paper, or sum "
+           "over all", ["last", "all"], "all", (MAIN,), usual="last", matters=matches),
+    Option("bn_reset", "matching", "re-estimate BatchNorm statistics of the merged models, or of the agents' before as "
+           "well; repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)",
+           ["none", "after", "both", "repair"], "both", (MAIN,), usual="both"),
+    Option("pretrain_epochs", "run", usual=100, scripts=RUNS, derived=True),
+    Option("pretrain_seed", "run", usual=None, scripts=RUNS, derived=True),
+    Option("pretrain_init", "run", usual="diff", scripts=RUNS, derived=True),
+    Option("wire", "processes", "how models travel: as they are, or their kernels and matrices in fewer bits", WIRES,
+           WIRES[0], (MAIN,), usual="fp32", matters=merges),
+    Option("link_failure", "simulated faults", "chance that an edge carries nothing in an iteration", SHARE, 0.0,
+           (MAIN,), metavar="P", usual=0.0, matters=merges),
+    Option("agent_failure", "simulated faults", "chance that an agent neither merges nor trains in an iteration", SHARE,
+           0.0, (MAIN,), metavar="P", usual=0.0),
+    Option("exchanged_by", "processes", usual=None, scripts=(MAIN,), derived=True),
+    Option("staleness", "processes", "agents on their own: use the last model of a neighbour that isn't there, if it "
+           "is at most K iterations old", COUNT, 0, (MAIN,), metavar="K", usual=0),
+    Option("match_prior", "matching", "DIMAT and COMMON: identity leaves units where they are unless the gain in "
+           "correlation exceeds the noise of its estimate (for agents that began alike)", OneOf(priors), "none",
+           (MAIN,), usual="none", matters=weighs_units),
+    Option("align", "matching", usual="in_turn", scripts=(MAIN,), matters=aligns, derived=True),  # gone: of older runs
+    Option("align_every", "matching", usual=0, scripts=(MAIN,), matters=aligns, derived=True),  # gone: of older runs
+    Option("root", "matching", "COMMON: the agent whose order of units the others take (default, and where it is down "
+           "or in another part: the centre of the graph)", COUNT, None, (MAIN,), metavar="I", usual=None,
+           matters=aligns),
+    Option("robust", "matching", "average so that some hostile models of several can't move the result far: clip what "
+           "a neighbour's model differs by from one's own (self-centred clipping), or take each coordinate's trimmed "
+           "mean or median; all N merge for themselves then, also fully_connected",
+           ["none", "clip", "trimmed", "median"], "none", (MAIN,), usual="none", matters=merges),
+    Option("max_distance", "processes", "agents on their own: leave out a neighbour's model whose parameters, in "
+           "whatever order of units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20, "
+           "digits: neighbours 0.03, an untrained from a trained model 0.45, one with its signs flipped 1.7)",
+           number(float, 0), 10.0, (MAIN,), metavar="D", usual=10.0, matters=merges_over_a_folder),
+    Option("lr_decay", "training", "what the learning rate is multiplied with after each epoch", POSITIVE, 0.981,
+           (BASE,), usual=0.981),
+    Option("mix_buffers", "algorithm", "mix BatchNorm's statistics like the parameters", boolean, True, (BASE,),
+           usual=True),
+    Option("cga_form", "algorithm", "CGA's projection and momentum: the paper's, or the published code's (rows "
+           "weighted by pi, margin 0.5, Nesterov-like) (default: paper)", OneOf(cga_forms), None, (BASE,),
+           usual="paper"),
+    Option("cga_scope", "algorithm", "CGA projects the whole gradient or each tensor's (default: model; authors' form: "
+           "tensor)", OneOf(cga_scopes), None, (BASE,), usual="model"),
+    Option("eval_bn", "algorithm", "evaluate with BatchNorm's running statistics or, as merged models have them, with "
+           "statistics re-estimated on the agent's own or all agents' training images; training keeps the running ones",
+           ["running", "local", "all"], "running", (BASE,), usual="running"),
+    Option("bn_samples", "algorithm", "how many of these images, class-balanced where they are all agents'; 0 = all",
+           COUNT, 1000, (BASE,), usual=0, matters=lambda o: o["eval_bn"] != "running"),
+
+    Option("opt", "algorithm", {
+        MAIN: "DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one another once, "
+              "by activations, and from then on average; C2M3: activation matching of all models that an agent merges "
+              "at once, without contradictions; WM: weight matching; WA: plain averaging; NONE: agents alone, which "
+              "re-estimate BatchNorm on their own images",
+        BASE: "CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: stochastic gradient "
+              "push; CGA: cross-gradient aggregation"},
+           {MAIN: OneOf(merge_methods), BASE: OneOf(baselines)}, {MAIN: "DIMAT", BASE: "CDSGD"}, RUNS),
+    Option("exp", "algorithm", "topology by number: " + ", ".join(f"{k} {v}" for k, v in EXPS.items()),
+           number(int, min(EXPS), max(EXPS)), None, RUNS, "N", free=True),
+    Option("topology", "algorithm", f"{', '.join([*TOPOLOGIES, *DIRECTED])}, a JSON file with connectivity and pi, or "
+           "a folder of such files that take turns (default: fully_connected)", path, None, RUNS,
+           "NAME|FILE.json|FOLDER"),
+    Option("merg_itr", "algorithm", "merge iterations in all", number(int, 1), 100, (MAIN,), free=True),
+    Option("merg_itr_init", "algorithm", "start after this many iterations: the last finished one, or one kept by "
+           "--keep all", COUNT, 0, (MAIN,), free=True),
+    Option("training", "algorithm", "train locally after each merge but the last", boolean, False, (MAIN,)),
+    Option("ckp", "algorithm", "folder of the agents' checkpoints, made by train.py", path, None, RUNS, "DIR",
+           free=True),
+    Option("randominit", "algorithm", "start from random models instead of --ckp", boolean, False, RUNS),
+    Option("diffinit", "algorithm", "with --randominit: a different random model for every agent", boolean, False,
+           RUNS),
+    Option("init_seed", "run", "the same initialisation for all agents", boolean, False, (TRAIN,)),
+    Option("seed", "run", "seed of the run", COUNT, 0, flags=("random_seed",), handed_on=True),
+    Option("save_folder", "run", "where the checkpoints go", path, "checkpoint", (TRAIN,), "DIR", free=True),
+    Option("match_memory", "matching", "most memory for the correlation matrices; beyond it the edges are taken in "
+           "blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True),
+    Option("workers", "processes", "deal the agents out to N processes, which share this machine's threads; the data "
+           "set and --match_memory are there for each (default: with --training on a CPU one for each thread, at most "
+           "one for each agent; else 1)", number(int, 1), None, (MAIN,), "N", free=True),
+    Option("processes", "processes", "start each of the N agents as a process of its own, as with --agent, on this "
+           "machine", COUNT, None, (MAIN,), "N", free=True),
+    Option("agent", "processes", "be agent I alone: others may be started anywhere, stop, and come back by the same "
+           "command", COUNT, None, (MAIN,), "I"),
+    Option("exchange", "processes", "where agents on their own leave their models for their neighbours: a folder that "
+           "all of them see (default with --processes: in the run folder)", exchange, None, (MAIN,), "folder:PATH",
+           free=True),
+    Option("exchange_key", "processes", "a secret that all agents on their own share, 16 bytes or more: models are "
+           "signed with it, and others are refused. Without it nobody publishes as one of the agents; who has it can "
+           "as any", path, None, (MAIN,), "FILE", free=True),
+    Option("backend", "processes", "what carries the messages: nccl where every process has a GPU of its own, else "
+           "gloo", BACKENDS, "auto", RUNS, free=True),
+    Option("timeout", "processes", {k: f"{v} (at the start of a group at least {STARTING:g} s)"
+                                    for k, v in WAITS.items()},
+           {MAIN: number(float, 0), BASE: POSITIVE}, {MAIN: 1800.0, BASE: 300.0}, RUNS, "SECONDS", free=True),
+    Option("local_rank", "processes", argparse.SUPPRESS, COUNT, None, RUNS, flags=("local-rank",), free=True),
+    Option("results_dir", "run", "where the results go", path, "results", RUNS, "DIR", free=True),
+    Option("tensorboard", "run", "write live curves into the run folder (needs the package tensorboard)", boolean,
+           False, RUNS, free=True),
+    Option("resume", "run", "continue an interrupted run (a group that torchrun restarts does so by itself)", boolean,
+           False, RUNS, free=True),
+    Option("keep", "run", "keep the state of the last iteration, or of each (for --merg_itr_init)", ["last", "all"],
+           "last", (MAIN,), free=True),
+    Option("device", "machine", "auto, cpu, cuda, cuda:1 or mps", default="auto", free=True, handed_on=True),
+    Option("compile", "machine", "run the model through torch.compile", boolean, False, free=True),
+    Option("config", "machine", "read options from a file; flags override it", path, None, metavar="FILE.yaml",
+           free=True),
+    Option("overwrite", "machine", "start afresh, deleting what this very command made before", boolean, False,
+           free=True),
+)
+# What a config.yaml says beside options, and may differ between the sittings of a run.
+OF_THE_MACHINE = frozenset({"num_threads", "command", "versions", "launch"})
+
+
+def names(wanted: Callable[[Option], Any]) -> tuple[str, ...]:
+    """Of the options that are `wanted`, in the table's order."""
+    return tuple(option.name for option in OPTIONS if wanted(option))
+
+
+def free() -> set[str]:
+    """What may differ between the sittings of one run: it changes no figure, or only how far the run goes."""
+    return {*names(lambda option: option.free), *OF_THE_MACHINE}
+
+
+def silent(o: Settings) -> set[str]:
+    """The options that have no say in a run of these."""
+    script = BASE if is_baseline(o) else MAIN if "opt" in o else TRAIN
+    return set(names(lambda option: script in option.scripts and not option.matters(o)))
+
+
+def usual(script: str) -> dict[str, Any]:
+    """Option -> the value that a path doesn't say, in the order in which paths say others."""
+    return {option.name: option.of("usual", script) for option in OPTIONS
+            if script in option.scripts and option.usual is not NEVER}
+
+
+SHORT = {option.name: option.short for option in OPTIONS if option.short}
+
+
+def variant(options: Settings, script: str) -> str:
+    """'width=1,alpha=0.5' for the options that differ from the usual; '' if none does."""
+    if options.get("imgntdir"):  # the folder's name says which data set it is, not where it lies
+        options = {**options, "imgntdir": Path(options["imgntdir"]).resolve().name}
+    return ",".join(f"{SHORT.get(key, key)}={options[key]}" for key, value in usual(script).items()
+                    if key in options and options[key] not in (None, value))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def add_to(p: argparse.ArgumentParser, script: str) -> None:
+    """All options of a script, in groups."""
+    for title in GROUPS:
+        options = [option for option in OPTIONS
+                   if option.group == title and script in option.scripts and not option.derived]
+        group = p.add_argument_group(title) if options else None
+        for option in options:
+            group.add_argument(*_flags(option, script), dest=option.name, **_how(option, script))
+
+
+def _flags(option: Option, script: str) -> list[str]:
+    return [f"--{name}" for name in (option.name, *option.of("flags", script))]
+
+
+def _how(option: Option, script: str) -> dict[str, Any]:
+    kind, default, text = (option.of(field, script) for field in ("kind", "default", "help"))
+    if option.name == "num_models" and script != TRAIN:
+        default = launched_agents() or default
+    if option.inherited:
+        text += f" (default: {'what the checkpoint was made with, else ' * (script != TRAIN)}{option.otherwise})"
+    how = {"default": default, "help": text}
+    if kind is boolean:
+        return how | {"type": boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    if isinstance(kind, OneOf | list | tuple):
+        return how | {"choices": list(kind.names() if isinstance(kind, OneOf) else kind)}
+    return how | {"type": kind, "metavar": option.metavar}
 
 
 def train_parser() -> argparse.ArgumentParser:
     p = parser("train", "Train every agent on its own part of the data and keep the checkpoints.\n"
                         "An interrupted run continues when the same command is given again.",
                "python -m train --dataset=cifar100 --model=resnet20 --num_models=5 --data_dist=iid --random_seed=0")
-    data_options(p, inherit=False)
-    model_options(p, inherit=False)
-    training_options(p, 100, "epochs of training", ["--optim", "--opt"])
-    g = p.add_argument_group("run")
-    flag(g, "--init_seed", help="the same initialisation for all agents")
-    g.add_argument("--random_seed", "--seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
-    g.add_argument("--save_folder", type=path, default="checkpoint", metavar="DIR", help="where the checkpoints go")
-    machine_options(p)
+    add_to(p, TRAIN)
     return p
-
-
-def topology_options(g) -> None:
-    g.add_argument("--exp", type=number(int, 0), choices=sorted(EXPS), default=None,
-                   help="topology by number: " + ", ".join(f"{k} {v}" for k, v in EXPS.items()))
-    g.add_argument("--topology", type=path, default=None, metavar="NAME|FILE.json|FOLDER",
-                   help=f"{', '.join([*TOPOLOGIES, *DIRECTED])}, a JSON file with connectivity and pi, or a folder of "
-                        "such files that take turns (default: fully_connected)")
-
-
-def start_options(g) -> None:
-    """Where the agents begin."""
-    g.add_argument("--ckp", type=path, default=None, metavar="DIR",
-                   help="folder of the agents' checkpoints, made by train.py")
-    flag(g, "--randominit", help="start from random models instead of --ckp")
-    flag(g, "--diffinit", help="with --randominit: a different random model for every agent")
-    g.add_argument("--seed", "--random_seed", dest="seed", type=number(int, 0), default=0, help="seed of the run")
-
-
-def group_options(g, timeout: float, waits: str, strict: bool = True) -> None:
-    """How launched processes reach each other; `strict`: they have to wait at all."""
-    g.add_argument("--backend", choices=BACKENDS, default="auto",
-                   help="what carries the messages: nccl where every process has a GPU of its own, else gloo")
-    g.add_argument("--timeout", type=number(float, 0, strict=strict), default=timeout, metavar="SECONDS",
-                   help=f"{waits} (at the start of a group at least {STARTING:g} s)")
-    g.add_argument("--local-rank", "--local_rank", type=number(int, 0), default=None, help=argparse.SUPPRESS)
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -125,85 +402,7 @@ def main_parser() -> argparse.ArgumentParser:
                        "figures,\nor each on its own (--agent, --exchange), where any may stop and come back.",
                "python -m main --dataset=digits --num_models=5 --ckp=CHECKPOINT_FOLDER --opt=DIMAT --exp=2 "
                "--merg_itr=8 --training --epochs=2")
-    g = p.add_argument_group("algorithm")
-    g.add_argument("--opt", choices=[*METHODS, "NONE"], default="DIMAT",
-                   help="DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one "
-                        "another once, by activations, and from then on average; C2M3: activation matching of all "
-                        "models that an agent merges at once, without contradictions; WM: weight matching; WA: plain "
-                        "averaging; NONE: agents alone, which re-estimate BatchNorm on their own images")
-    topology_options(g)
-    g.add_argument("--merg_itr", type=number(int, 1), default=100, help="merge iterations in all")
-    g.add_argument("--merg_itr_init", type=number(int, 0), default=0,
-                   help="start after this many iterations: the last finished one, or one kept by --keep all")
-    flag(g, "--training", help="train locally after each merge but the last")
-    start_options(g)
-    data_options(p, inherit=True)
-    model_options(p, inherit=True)
-    training_options(p, 2, "local epochs of an iteration", ["--optim"])
-    g = p.add_argument_group("matching")
-    g.add_argument("--match_data", choices=["all", "local"], default="all",
-                   help="whose training images matching and BatchNorm re-estimation read: every agent's, as in the "
-                        "paper, or only the merging agent's own")
-    g.add_argument("--match_samples", type=number(int, 0), default=1000,
-                   help="how many of these images, class-balanced where they are all agents'; 0 = all, as in the paper")
-    flag(g, "--match_augment", help="augment them, for all models alike")
-    g.add_argument("--match_at", choices=["last", "all"], default="all",
-                   help="read a group's features at the input of its last consumer, as in the paper, or sum over all")
-    g.add_argument("--match_memory", type=number(float, 0, strict=True), default=4.0, metavar="GB",
-                   help="most memory for the correlation matrices; beyond it the edges are taken in blocks (but by "
-                        "C2M3, which holds all pairs)")
-    g.add_argument("--match_prior", choices=list(PRIORS), default="none",
-                   help="DIMAT and COMMON: identity leaves units where they are unless the gain in correlation exceeds "
-                        "the noise of its estimate (for agents that began alike)")
-    g.add_argument("--root", type=number(int, 0), default=None, metavar="I",
-                   help="COMMON: the agent whose order of units the others take (default, and where it is down or in "
-                        "another part: the centre of the graph)")
-    g.add_argument("--bn_reset", choices=["none", "after", "both", "repair"], default="both",
-                   help="re-estimate BatchNorm statistics of the merged models, or of the agents' before as well; "
-                        "repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)")
-    g.add_argument("--robust", choices=["none", "clip", "trimmed", "median"], default="none",
-                   help="average so that some hostile models of several can't move the result far: clip what a "
-                        "neighbour's model differs by from one's own (self-centred clipping), or take each "
-                        "coordinate's trimmed mean or median; all N merge for themselves then, also fully_connected")
-    g = p.add_argument_group("processes")
-    g.add_argument("--workers", type=number(int, 1), default=None, metavar="N",
-                   help="deal the agents out to N processes, which share this machine's threads; the data set and "
-                        "--match_memory are there for each (default: with --training on a CPU one for each thread, at "
-                        "most one for each agent; else 1)")
-    g.add_argument("--processes", type=number(int, 0), default=None, metavar="N",
-                   help="start each of the N agents as a process of its own, as with --agent, on this machine")
-    g.add_argument("--agent", type=number(int, 0), default=None, metavar="I",
-                   help="be agent I alone: others may be started anywhere, stop, and come back by the same command")
-    g.add_argument("--exchange", type=exchange, default=None, metavar="folder:PATH",
-                   help="where agents on their own leave their models for their neighbours: a folder that all of them "
-                        "see (default with --processes: in the run folder)")
-    g.add_argument("--exchange_key", type=path, default=None, metavar="FILE",
-                   help="a secret that all agents on their own share, 16 bytes or more: models are signed with it, and "
-                        "others are refused. Without it nobody publishes as one of the agents; who has it can as any")
-    g.add_argument("--max_distance", type=number(float, 0), default=10.0, metavar="D",
-                   help="agents on their own: leave out a neighbour's model whose parameters, in whatever order of "
-                        "units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20, digits: "
-                        "neighbours 0.03, an untrained from a trained model 0.45, one with its signs flipped 1.7)")
-    g.add_argument("--staleness", type=number(int, 0), default=0, metavar="K",
-                   help="agents on their own: use the last model of a neighbour that isn't there, if it is at most K "
-                        "iterations old")
-    g.add_argument("--wire", choices=WIRES, default=WIRES[0],
-                   help="how models travel: as they are, or their kernels and matrices in fewer bits")
-    group_options(g, 1800.0, "how long to wait for a neighbour, whose local epochs may take so much longer; "
-                  "then a group of processes gives up, and an agent on its own merges with those who are there",
-                  strict=False)
-    g = p.add_argument_group("simulated faults")
-    g.add_argument("--link_failure", type=number(float, 0, 1), default=0.0, metavar="P",
-                   help="chance that an edge carries nothing in an iteration")
-    g.add_argument("--agent_failure", type=number(float, 0, 1), default=0.0, metavar="P",
-                   help="chance that an agent neither merges nor trains in an iteration")
-    g = p.add_argument_group("run")
-    g.add_argument("--results_dir", type=path, default="results", metavar="DIR", help="where the results go")
-    flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
-    flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
-    g.add_argument("--keep", choices=["last", "all"], default="last",
-                   help="keep the state of the last iteration, or of each (for --merg_itr_init)")
-    machine_options(p)
+    add_to(p, MAIN)
     return p
 
 
@@ -213,41 +412,5 @@ def base_lines_parser() -> argparse.ArgumentParser:
                              "are the same.",
                "torchrun --standalone --nproc_per_node=5 base_lines.py --dataset=digits --num_models=5 --opt=CDSGD "
                "--exp=2 --randominit=True --epochs=10")
-    g = p.add_argument_group("algorithm")
-    g.add_argument("--opt", choices=list(BASELINES), default="CDSGD",
-                   help="CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: "
-                        "stochastic gradient push; CGA: cross-gradient aggregation")
-    topology_options(g)
-    g.add_argument("--cga_form", choices=CGA_FORMS, default=None,
-                   help="CGA's projection and momentum: the paper's, or the published code's (rows weighted by pi, "
-                        "margin 0.5, Nesterov-like) (default: paper)")
-    g.add_argument("--cga_scope", choices=CGA_SCOPES, default=None,
-                   help="CGA projects the whole gradient or each tensor's (default: model; authors' form: tensor)")
-    flag(g, "--mix_buffers", default=True, help="mix BatchNorm's statistics like the parameters")
-    g.add_argument("--eval_bn", choices=["running", "local", "all"], default="running",
-                   help="evaluate with BatchNorm's running statistics or, as merged models have them, with statistics "
-                        "re-estimated on the agent's own or all agents' training images; training keeps the running "
-                        "ones")
-    g.add_argument("--bn_samples", type=number(int, 0), default=1000,
-                   help="how many of these images, class-balanced where they are all agents'; 0 = all")
-    start_options(g)
-    data_options(p, inherit=True)
-    model_options(p, inherit=True)
-    g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=number(int, 1), default=200, help="epochs in all")
-    g.add_argument("--num_epochs", type=number(int, 1), default=2, metavar="E", help="epochs between two evaluations")
-    g.add_argument("--batch_size", type=number(int, 1), default=100, help="images of an agent in a step")
-    g.add_argument("--lr", type=number(float, 0, strict=True), default=0.01, help="learning rate of the first epoch")
-    g.add_argument("--lr_decay", type=number(float, 0, strict=True), default=0.981,
-                   help="what the learning rate is multiplied with after each epoch")
-    g.add_argument("--momentum", type=number(float, 0, 1), default=None,
-                   help="momentum of CDMSGD and CGA (default: 0.9)")
-    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty")
-    g = p.add_argument_group("run")
-    g.add_argument("--results_dir", type=path, default="results", metavar="DIR", help="where the results go")
-    flag(g, "--tensorboard", help="write live curves into the run folder (needs the package tensorboard)")
-    flag(g, "--resume", help="continue an interrupted run (a group that torchrun restarts does so by itself)")
-    g = p.add_argument_group("processes")
-    group_options(g, 300.0, "how long to wait for a neighbour before giving up")
-    machine_options(p)
+    add_to(p, BASE)
     return p

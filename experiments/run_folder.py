@@ -9,6 +9,7 @@ import csv
 import io
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.reference import REFERENCE, variant
+from experiments.options import MAIN, free, variant
 from models.training import Diverged, EpochStats, Evaluation
 from network.topology import short_name
 from storage.files import (
@@ -45,23 +46,25 @@ PHASES = ("initial", "merged", "trained")  # in the order in which an iteration 
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int], "steps": [int],
          "states": [{str: Tensor}], "agents?": [int], "orders?": [int], "memory?": [{str: Tensor}]}
-# May differ between the sittings of one run: they change no figure, or (merg_itr) only how far it goes.
-FREE = {"merg_itr", "merg_itr_init", "resume", "overwrite", "keep", "config", "device", "compile", "match_memory",
-        "data_dir", "imgntdir", "results_dir", "ckp", "exp", "num_threads", "command", "versions", "backend", "timeout",
-        "local_rank", "processes", "launch", "tensorboard", "workers", "exchange", "exchange_key"}
 
 
-def run_folder(o: dict[str, Any], method_options: dict[str, Any], reference: dict[str, Any] = REFERENCE) -> Path:
+def run_folder(o: dict[str, Any], matter: dict[str, Any], script: str = MAIN) -> Path:
     """results/<dataset>/<model>/<data_dist>/<init>/<opt>/<topology>_<N>/epochs_<E>/<variant>/seed_<seed>.
 
-    The variant names what differs from `reference` in `method_options`.
+    The variant names what is unusual of the options that `matter`, which are None where they have no say.
     """
     init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
     topology = short_name(o["topology"])
     return Path(o["results_dir"]).joinpath(*map(level, (
         o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
-        f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(method_options, reference) or "default",
+        f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(matter, script) or "default",
         f"seed_{o['seed']}")))
+
+
+def circumstances(command: str) -> dict[str, Any]:
+    """What config.yaml says of the machine: command line, versions and threads."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return {"command": command, "versions": versions, "num_threads": torch.get_num_threads()}
 
 
 def is_part(folder: Path) -> bool:
@@ -69,9 +72,10 @@ def is_part(folder: Path) -> bool:
     return re.fullmatch(r"agent_\d+", folder.name) is not None
 
 
-def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], free: Collection[str]) -> list[str]:
-    """The options in which a run that was written down as `old` isn't this one, those in `free` aside."""
-    return [key for key in config if key not in FREE and key not in free and key in old and old[key] != config[key]]
+def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], silent: Collection[str]) -> list[str]:
+    """The options in which a run that was written down as `old` isn't this one; those in `silent` have no say in it."""
+    may_differ = {*free(), *silent}
+    return [key for key in config if key not in may_differ and key in old and old[key] != config[key]]
 
 
 def committed(path: Path) -> dict[str, Any]:
@@ -100,10 +104,10 @@ class RunFolder:
     """Opens a run folder, fresh or to continue; every write is atomic or dropped by the next resume.
 
     No other process can open it before the `with` block ends. Raises ValueError when the folder holds a run of other
-    options (those in `free` may differ), an unfinished run without `resume`, or no state for `start`.
+    options (those in `silent` have no say), an unfinished run without `resume`, or no state for `start`.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, free: Collection[str] = (), resume: bool, start: int,
+    def __init__(self, path: Path, config: dict[str, Any], *, silent: Collection[str] = (), resume: bool, start: int,
                  overwrite: bool, tensorboard: bool = False):
         self.path = path
         self.board = None
@@ -115,7 +119,7 @@ class RunFolder:
         if old and type(old.get("merg_itr")) is not int:
             raise ValueError(f"{path}/config.yaml says merg_itr: {old.get('merg_itr')}, so it is not of a run: "
                              "restore it, or give --overwrite")
-        for key in contradictions(old, config, free):
+        for key in contradictions(old, config, silent):
             raise ValueError(f"{path} holds a run with {key}={old[key]}, not {config[key]}: "
                              "choose another --results_dir, or --overwrite to delete it")
         if old and old.get("num_threads") != config["num_threads"]:

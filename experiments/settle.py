@@ -8,8 +8,7 @@ from pathlib import Path
 
 from experiments.checkpoints import State, describe, digest, digest_of_all, inherit, load_states
 from experiments.options import train_parser
-from experiments.reference import circumstances
-from experiments.run_folder import committed, contradictions
+from experiments.run_folder import circumstances, committed, contradictions
 from experiments.trainings import fill_defaults
 from models import infer_width
 from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
@@ -46,20 +45,16 @@ def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, 
     return ckp, made_with, loaded
 
 
-def start_that_matters(o: Namespace, made_with: dict) -> dict:
-    """What of the data and of the first models changes a run's results and is not a level of its path already."""
-    return {
-        "partition_seed": o.partition_seed if o.partition_seed != o.seed else None,
-        "phase": o.phase if o.data_dist == "non-iid-PF" and o.phase != "finetune" else None,
-    } | ({} if o.randominit else {
+def pretraining(o: Namespace, made_with: dict) -> dict:
+    """How the first models were made, where they are no random ones."""
+    return {} if o.randominit else {
         "pretrain_epochs": made_with.get("epochs"),
         "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
         "pretrain_init": "same" if made_with.get("init_seed") else None,
-    })
+    }
 
 
-def free_options(matter: dict) -> set[str]:
-    """Those that have no say in this run."""
+def without_say(matter: dict) -> set[str]:
     return {key for key, value in matter.items() if value is None}
 
 
@@ -68,7 +63,7 @@ def is_complete(path: Path, config: dict, matter: dict, loaded: dict[int, State]
     if loaded:
         config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
     old, state, metrics = load_yaml(path / "config.yaml"), committed(path), path / "metrics.csv"
-    if not (old and state and metrics.exists()) or contradictions(old, config, free_options(matter)):
+    if not (old and state and metrics.exists()) or contradictions(old, config, without_say(matter)):
         return False
     # Random models are the same as then if torch is.
     return (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size

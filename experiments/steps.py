@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from experiments.checkpoints import State
-from experiments.reference import BASELINE_REFERENCE
+from experiments.options import BASE, silent
 from experiments.run_folder import run_folder
-from experiments.settle import is_complete, matrices, settle_options, start_that_matters
+from experiments.settle import is_complete, matrices, pretraining, settle_options
 from network.topology import Topology, make_topology
 from optimizers import BASELINES
 
@@ -55,9 +55,8 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
 def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
     """Where this run is written, what its config.yaml says, and which of it matters."""
     config = {k: v for k, v in vars(o).items() if k != "optim"}
-    matter = {**config, **start_that_matters(o, made_with), "epochs": None,  # a run may be made longer
-              "bn_samples": None if o.eval_bn == "running" else o.bn_samples}
-    path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASELINE_REFERENCE)
+    matter = config | dict.fromkeys(silent(config)) | pretraining(o, made_with)
+    path = run_folder(vars(o) | {"epochs": o.num_epochs}, matter, BASE)
     return path, config | matrices(o.topology, topology), matter
 
 

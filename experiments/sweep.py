@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import merges, steps, trainings
-from experiments.checkpoints import INHERITED, checkpoint_folder
-from experiments.options import base_lines_parser, main_parser, train_parser
+from experiments.checkpoints import checkpoint_folder
+from experiments.options import OPTIONS, base_lines_parser, main_parser, names, train_parser
 from experiments.parsing import Formatter, Parser, boolean, number, only_option, parse, path
 from network.workers import FOLLOWS, end_by
 from storage.files import load_yaml
@@ -119,7 +119,7 @@ class Planner:
         """
         given = [*arguments(options), *self.extra, "--resume"]
         o = self._parse(script, given)
-        for key in INHERITED if trained else ():
+        for key in names(lambda option: option.inherited) if trained else ():
             if getattr(o, key) is None:
                 setattr(o, key, trained[key])
         start = ["-u", "-m", script]
@@ -212,13 +212,13 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
                            if all(trained[key] == value for key, value in named.items())]
                 fitting = fitting or [(base | options, None, None) for base in grid(common) if _random(base | options)]
                 if not fitting:
-                    said = ", ".join(f"{key}={options[key]}" for key in options if key in _SAME)
+                    said = ", ".join(f"{key}={options[key]}" for key in options if key in SAME)
                     raise ValueError(f"{script}: no pre-training has {said}: add it to train")
                 own += fitting
             names = varying([options for options, *_ in own])
             for options, job, trained in own:
                 job, trained = (None, None) if _random(options) else (job, trained)
-                shared = {k: v for k, v in options.items() if k in one or k in common or k in _SHARED}
+                shared = {k: v for k, v in options.items() if k in one or k in common or k in SHARED}
                 shared = _for(script, shared, planner) | {k: options[k] for k in one}
                 shared |= {"ckp": checkpoint_folder(trained)} if trained else {}
                 title = ",".join(f"{k}={options[k]}" for k in names if k in options) or script
@@ -226,14 +226,14 @@ def plan_file(content: Mapping[str, Any], planner: Planner) -> list[Job]:
     return list(planner.jobs.values())
 
 
-_SHARED = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "seed", "width_multiplier", "train_samples",
-           "test_samples", "holdout", "data_dir", "imgntdir", "device")
-_SAME = ("dataset", "data", "model", "num_models", "data_dist", "alpha", "width_multiplier", "train_samples", "holdout")
+SHARED = {flag for option in OPTIONS if option.handed_on for flag in (option.name, *option.of("flags", "train"))}
+# What a run's pre-training has in common with it.
+SAME = ("dataset", "data", "model", "num_models", *names(lambda option: option.inherited and option.handed_on))
 
 
 def _data_and_model(options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
     """What these options say of the data and of the model, as train.py reads it."""
-    given = {"dataset" if key == "data" else key: options[key] for key in _SAME if options.get(key) is not None}
+    given = {"dataset" if key == "data" else key: options[key] for key in SAME if options.get(key) is not None}
     o = vars(planner._parse("train", arguments(given)))
     return {key: o[key] for key in given}
 

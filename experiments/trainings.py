@@ -6,11 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from experiments.checkpoints import checkpoint_folder
+from experiments.options import free
 from storage.files import load_yaml, read_rows
 
 TABLE = "model_accuracies.csv"
 COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
-MACHINE = ("device", "compile", "config", "overwrite", "data_dir", "imgntdir", "save_folder")  # change no result
 
 
 def fill_defaults(options: Namespace) -> None:
@@ -33,7 +33,7 @@ def fill_defaults(options: Namespace) -> None:
 
 def describe_training(o: Namespace) -> dict:
     """What the config.yaml beside the checkpoints says, machine and moment aside."""
-    config = {k: v for k, v in vars(o).items() if k not in MACHINE}
+    config = {k: v for k, v in vars(o).items() if k not in free()}
     config["partition_seed"] = o.seed if o.partition_seed is None else o.partition_seed
     if o.data_dist != "non-iid-PF":
         del config["phase"]  # has no say

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.reference import ALONE, REFERENCE, SHORT
+from experiments.options import ALONE, MAIN, SHORT, usual
 from reports.runs import FOLLOWERS, IGNORED, Curve, Run, of_seed, without_say
 from storage.files import write_atomically
 
@@ -47,7 +47,7 @@ class Line:
         known = [method for method in STYLES if method != ALONE]
         place = known.index(self.method) if self.method in known else len(known) + (self.method == ALONE)
         options = self.runs[0].options
-        unusual = sum(options.get(key) not in (None, usual) for key, usual in REFERENCE.items() if type(usual) is str)
+        unusual = sum(options.get(key) not in (None, value) for key, value in usual(MAIN).items() if type(value) is str)
         words = re.split(r"(\d+)", self.label)
         return place, unusual, [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 

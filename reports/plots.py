@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.options import ALONE
 from experiments.parsing import Formatter, Parser, number, only_option
-from experiments.reference import ALONE
 from experiments.run_folder import PHASES
 from network.topology import Topology, make_topology, short_name
 from reports.drawing import (

@@ -14,18 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.checkpoints import INHERITED
-from experiments.reference import ALONE, BASELINE_REFERENCE, LOCAL_TRAINING, REFERENCE, RETIRED, SHORT
-from experiments.run_folder import FREE, PHASES, is_part
+from experiments.options import BASE, MAIN, SHORT, TRAIN, free, is_baseline, names, silent, usual
+from experiments.run_folder import PHASES, is_part
 from network.topology import short_name
 from storage.files import load_yaml, read_rows
 
-PLAIN = ("WA", "WM", ALONE)  # read no images to find what fits what
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
-IGNORED = FREE - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
+IGNORED = free() - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
 FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
-MATCHING = ("match_data", "match_samples", "match_augment")
-ALIGNING = (*RETIRED, "root")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*?num_epochs_(\d+)/(?:([^/]*=[^/]*)/)?random_seed_(\d+)/*$")
 REQUIRED = {"opt": str, "topology": str, "num_models": int, "seed": int, "merg_itr": int, "dataset": str, "model": str,
             "data_dist": str}
@@ -147,20 +143,16 @@ class Run:
         return accuracy_curve(self.rows, column, self.phases)
 
 
-def is_baseline(config: Mapping[str, Any]) -> bool:
-    return "num_epochs" in config
-
-
 def comparable(config: Mapping[str, Any]) -> dict[str, Hashable]:
     """A config.yaml's options, None for those that have no say, lists as a short name, and the pre-training's.
 
     What it lacks is younger than it and has the value of the reference table.
     """
-    reference = BASELINE_REFERENCE if is_baseline(config) else REFERENCE | RETIRED
-    usual = {key: value for key, value in reference.items() if not key.startswith("pretrain_")}
-    o = usual | {str(key): _hashable(value) for key, value in config.items()}
+    of_old = {key: value for key, value in usual(BASE if is_baseline(config) else MAIN).items()
+              if not key.startswith("pretrain_")}
+    o = of_old | {str(key): _hashable(value) for key, value in config.items()}
     o["topology"] = short_name(str(o["topology"]))
-    o["imgntdir"] = Path(str(o["imgntdir"] or REFERENCE["imgntdir"])).name
+    o["imgntdir"] = Path(str(o["imgntdir"] or usual(MAIN)["imgntdir"])).name
     if o["partition_seed"] is None:
         o["partition_seed"] = o["seed"]
     if o.get("ckp") and not o.get("randominit"):
@@ -170,17 +162,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Hashable]:
 
 def without_say(o: Mapping[str, Any]) -> set[str]:
     """The options that change no figure of a run with these."""
-    idle = set() if o["data_dist"] == "non-iid-PF" else {"phase"}
-    if is_baseline(o):
-        return idle | ({"bn_samples"} if o["eval_bn"] == "running" else set())
-    merges, matches = o["opt"] != ALONE, o["opt"] not in PLAIN
-    idle |= set() if o.get("training") else set(LOCAL_TRAINING)
-    idle |= set() if merges else {"match_data", "wire", "link_failure", "robust"}
-    idle |= set() if merges and o.get("exchanged_by") else {"max_distance"}
-    idle |= set() if matches else {"match_at"}
-    idle |= set() if matches or o["bn_reset"] != "none" else set(MATCHING)
-    idle |= set() if o["opt"] in ("DIMAT", "COMMON") else {"match_prior"}
-    return idle | (set() if o["opt"] == "COMMON" else set(ALIGNING))
+    return silent(o) - {"epochs", *FOLLOWERS} | (set() if o.get("training", True) else {"epochs"})
 
 
 def pretraining(ckp: Path) -> dict[str, Hashable]:
@@ -190,9 +172,10 @@ def pretraining(ckp: Path) -> dict[str, Hashable]:
         return {"pretrain_folder": ckp.as_posix()}
     init, epochs, unusual, seed = found.groups()
     was = dict(setting.partition("=")[::2] for setting in (unusual or "").split(",") if setting)
-    own = {"batch_size", *LOCAL_TRAINING[1:], *was} - {SHORT.get(key, key) for key in INHERITED}
+    trained = names(lambda option: option.group == "training" and TRAIN in option.scripts and option.name != "epochs")
+    own = {*trained, *was} - {SHORT.get(key, key) for key in names(lambda option: option.inherited)}
     return {"pretrain_init": init, "pretrain_epochs": int(epochs), "pretrain_seed": int(seed)} | {
-        f"pretrain_{key}": was.get(key, str(REFERENCE.get(key))) for key in sorted(own)}
+        f"pretrain_{key}": was.get(key, str(usual(MAIN).get(key))) for key in sorted(own)}
 
 
 def _hashable(option: Any) -> Hashable:

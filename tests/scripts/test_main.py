@@ -18,7 +18,6 @@ from agents.run import Phase
 from data.batches import Batches
 from data.datasets import load_dataset
 from experiments.options import main_parser
-from experiments.reference import RETIRED
 from experiments.settle import settle_options
 from main import dimat
 from merging.batch_norm import reestimate
@@ -418,8 +417,9 @@ def test_a_run_from_when_there_were_more_options_goes_on_and_is_compared(checkpo
     script("main", *flags, "--merg_itr=2", "--resume", cwd=home)
     equal_runs(now, then)
     config = yaml.safe_load((now / "config.yaml").read_text())
-    assert not config.keys() & RETIRED.keys()
-    assert comparable(config | RETIRED) == comparable(config) != comparable(config | {"align_every": 2})
+    gone = {"align": "in_turn", "align_every": 0}
+    assert not config.keys() & gone.keys()
+    assert comparable(config | gone) == comparable(config) != comparable(config | {"align_every": 2})
     ours, theirs = (read_run(folder).options for folder in (now, then))
     assert {key for key in ours if ours[key] != theirs[key]} == {"command"} and ours.keys() == theirs.keys()
 
