@@ -7,13 +7,12 @@ import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from agents.local import LocalTrainer, load_agents_data, new_model
+from agents import partial
+from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_model
 from experiments.checkpoints import check_state, checkpoint_folder
 from experiments.options import train_parser
 from experiments.parsing import parse, pick_device
@@ -22,69 +21,29 @@ from experiments.scripts import run_script
 from experiments.trainings import COLUMNS, TABLE, describe_training, fill_defaults, rows_of_finished
 from models import training
 from network.workers import follow_parent
-from storage.files import (
-    claim,
-    clear,
-    load_state,
-    load_tensors,
-    load_yaml,
-    mismatch,
-    save_rows,
-    save_state,
-    save_tensors,
-    save_yaml,
-)
+from storage.files import claim, clear, load_tensors, load_yaml, save_rows, save_tensors, save_yaml
 from utils.memory import keep_freed_memory
 from utils.seeds import generator
 
-PARTIAL = {"epoch": int, "model": {str: Tensor}, "optimizer": {"state": dict, "param_groups": [dict]},
-           "scaler": (dict, NoneType)}
 
-
-def train_agent(trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
+def train_agent(o: Namespace, trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
     """All epochs of one agent, from its last finished one on; leaves it in the trainer's model."""
-    o, partial = trainer.o, folder / f"partial_{agent}.pt"
+    file = folder / f"partial_{agent}.pt"
     initial = new_model(o, trainer.dataset, generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed())
     trainer.model.load_state_dict(initial.state_dict())
     optimizer, scaler = trainer.fresh_optimizer()
-    done = 0
-    if partial.exists():
-        done = take_up(trainer, partial, optimizer, scaler)
+    if done := partial.take_up(file, o.epochs, trainer.model, optimizer, scaler):
         print(f"agent {agent}: continuing after epoch {done}", flush=True)
     for epoch in range(done + 1, o.epochs + 1):
         try:
             stats = trainer.epoch(indices, (agent, epoch, f"agent {agent} epoch {epoch}"), optimizer, scaler)
         except training.Diverged as error:
-            raise training.Diverged(f"agent {agent}, epoch {epoch}: {error}; {partial} holds the last good state"
+            raise training.Diverged(f"agent {agent}, epoch {epoch}: {error}; {file} holds the last good state"
                                     if epoch > 1 else f"agent {agent}, epoch {epoch}: {error}") from None
         print(f"agent {agent} epoch {epoch}/{o.epochs}: train accuracy {stats.accuracy:.2f} %, "
               f"loss {stats.loss:.4f}", flush=True)
         if epoch < o.epochs:
-            save_state(partial, {"epoch": epoch, "model": training.snapshot(trainer.model),
-                                 "optimizer": optimizer.state_dict(),
-                                 "scaler": scaler.state_dict() if scaler is not None else None})
-
-
-def take_up(trainer: LocalTrainer, partial: Path, optimizer, scaler) -> int:
-    """Bring the trainer's model, the optimiser and the scaler to where `partial` was left; the epoch it has finished.
-
-    Raises ValueError, before any of them is changed, for what isn't such a state.
-    """
-    saved = load_state(partial, PARTIAL)
-    check_state(saved["model"], trainer.model.state_dict(), str(partial))
-    wrong = training.misfit(optimizer, saved["optimizer"])
-    if scaler is not None:
-        wrong = wrong or mismatch(saved["scaler"], {key: type(value) for key, value in scaler.state_dict().items()},
-                                  "its scaler")
-    if not 0 < saved["epoch"] <= trainer.o.epochs:
-        wrong = f"its epoch is {saved['epoch']}"
-    if wrong:
-        raise ValueError(f"{partial} is not of this training ({wrong}): delete it to train the agent from the start")
-    trainer.model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if scaler is not None:
-        scaler.load_state_dict(saved["scaler"])
-    return saved["epoch"]
+            partial.leave(file, epoch, trainer.model, optimizer, scaler)
 
 
 def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[str, float]:
@@ -118,7 +77,7 @@ def run(o: Namespace, command: str) -> Path:
     folder = checkpoint_folder(vars(o))
     with claim(folder):
         prepare_folder(o, folder, command)
-        train_agents(o, LocalTrainer(template, dataset, o, device), parts, folder)
+        train_agents(o, LocalTrainer(template, dataset, TrainSettings.of(o), device), parts, folder)
     return folder
 
 
@@ -135,7 +94,7 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
             check_state(state, trainer.model.state_dict(), str(file))
             trainer.model.load_state_dict(state)
         else:
-            train_agent(trainer, agent, parts[agent], folder)
+            train_agent(o, trainer, agent, parts[agent], folder)
         row = accuracies(trainer, agent, parts[agent])
         if not math.isfinite(row["train_loss"]):
             raise training.Diverged(f"agent {agent}: the trained model's loss is {row['train_loss']}: not kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Collection
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -43,30 +44,49 @@ def new_model(o: Namespace, dataset: Dataset, seed: int | None = None) -> nn.Mod
                        image_size=dataset.image_size, width_multiplier=o.width_multiplier, seed=seed)
 
 
+@dataclass(frozen=True)
+class TrainSettings:
+    """How agents train on their own, as the options of the same names say it."""
+
+    optim: str
+    lr: float
+    momentum: float | None
+    weight_decay: float
+    batch_size: int
+    amp: str
+    compile: bool
+    seed: int
+
+    @classmethod
+    def of(cls, o: Namespace) -> TrainSettings:
+        return cls(**{field.name: getattr(o, field.name) for field in fields(cls)})
+
+
 class LocalTrainer:
     """Trains one agent after the other in one working model, so that memory doesn't grow with their number."""
 
-    def __init__(self, model: nn.Module, dataset: Dataset, o: Namespace, device: torch.device):
+    def __init__(self, model: nn.Module, dataset: Dataset, settings: TrainSettings, device: torch.device):
         self.model = model.to(device, memory_format=memory_format(device))
-        self.fast = torch.compile(self.model) if o.compile else self.model
-        self.dataset, self.o, self.device = dataset, o, device
+        self.fast = torch.compile(self.model) if settings.compile else self.model
+        self.dataset, self.settings, self.device = dataset, settings, device
 
     def fresh_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
-        o = self.o
-        scaler = torch.amp.GradScaler(self.device.type) if o.amp == "fp16" else None
-        return training.make_optimizer(self.model, o.optim, o.lr, o.momentum, o.weight_decay), scaler
+        s = self.settings
+        scaler = torch.amp.GradScaler(self.device.type) if s.amp == "fp16" else None
+        return training.make_optimizer(self.model, s.optim, s.lr, s.momentum, s.weight_decay), scaler
 
     def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler) -> training.EpochStats:
         """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
-        batches = Batches(self.dataset, self.dataset.train, indices, self.o.batch_size, shuffle=True, augment=True,
-                          make_generator=lambda: generator(self.o.seed, *seed_path))
+        s = self.settings
+        batches = Batches(self.dataset, self.dataset.train, indices, s.batch_size, shuffle=True, augment=True,
+                          make_generator=lambda: generator(s.seed, *seed_path))
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
-        torch.manual_seed(generator(self.o.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
+        torch.manual_seed(generator(s.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
         try:
-            return training.train_epoch(self.fast, bar, optimizer, self.o.amp, scaler)
+            return training.train_epoch(self.fast, bar, optimizer, s.amp, scaler)
         except ValueError as error:  # BatchNorm can't be trained on one value per channel
             raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
-                             f"{self.o.batch_size}): {error}") from error
+                             f"{s.batch_size}): {error}") from error
 
     def evaluate(self, images, indices=None) -> training.Evaluation:
         batches = Batches(self.dataset, images, indices, EVAL_BATCH)

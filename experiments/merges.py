@@ -35,7 +35,7 @@ def is_finished(o: Namespace) -> bool:
 
 def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
-    settle_alignment(o, topology)
+    settle_alignment(o)
     settle_averaging(o)
     if not topology.is_doubly_stochastic:
         raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
@@ -49,19 +49,9 @@ def settle_averaging(o: Namespace) -> None:
                          f"--robust {o.robust}")
 
 
-def settle_alignment(o: Namespace, topology: Topology) -> None:
-    """What --root and --align ask for must be there; methods that don't align themselves have neither."""
+def settle_alignment(o: Namespace) -> None:
+    """The agent that --root names must be there; methods that don't align themselves have none."""
     if o.opt == ALONE or not METHODS[o.opt].aligned:
-        o.align = o.align_every = o.root = None
-        return
-    if o.root is not None and o.root >= o.num_models:
+        o.root = None
+    elif o.root is not None and o.root >= o.num_models:
         raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
-    if o.align == "at_once":
-        together = topology.connectivity.sum() == o.num_models * (o.num_models - 1) and topology.draw is None
-        if not together or topology.schedule or o.match_data != "all":
-            raise ValueError("--align at_once compares all models in every agent, on the same images: it needs "
-                             "--topology fully_connected and --match_data all (--align in_turn does without)")
-        if o.match_prior != "none":
-            raise ValueError(f"--align at_once knows no --match_prior {o.match_prior}: --align in_turn does")
-        if o.agent is not None or o.processes or o.agent_failure or o.link_failure:
-            raise ValueError("--align at_once needs all agents to be there: --align in_turn does without")

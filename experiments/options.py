@@ -47,7 +47,8 @@ class Option:
     default never makes an old folder mean something else. NEVER: the path never says it.
     free: may differ between the sittings of one run; inherited: a run has it from its checkpoints, and where these
     don't say, it is `otherwise`; handed_on: a sweep gives it to the runs of a pre-training, too; matters: whether it
-    has a say, by the other options; short: its name in paths; derived: nobody gives it, it follows from others.
+    has a say, by the other options; short: its name in paths; derived: nobody gives it
+    (any more), it follows from others.
     """
 
     name: str
@@ -230,11 +231,8 @@ OPTIONS = (
     Option("match_prior", "matching", "DIMAT and COMMON: identity leaves units where they are unless the gain in "
            "correlation exceeds the noise of its estimate (for agents that began alike)", OneOf(priors), "none",
            (MAIN,), usual="none", matters=weighs_units),
-    Option("align", "matching", "COMMON: in_turn: breadth first from --root, each agent to its neighbours that have "
-           "had their turn; at_once: all pairs together, as in C2M3 (fully_connected with --match_data=all)",
-           ["in_turn", "at_once"], "in_turn", (MAIN,), usual="in_turn", matters=aligns),
-    Option("align_every", "matching", "COMMON: align again every K merges; 0 = only before the first", COUNT, 0,
-           (MAIN,), metavar="K", usual=0, matters=aligns),
+    Option("align", "matching", usual="in_turn", scripts=(MAIN,), matters=aligns, derived=True),  # gone: of older runs
+    Option("align_every", "matching", usual=0, scripts=(MAIN,), matters=aligns, derived=True),  # gone: of older runs
     Option("root", "matching", "COMMON: the agent whose order of units the others take (default, and where it is down "
            "or in another part: the centre of the graph)", COUNT, None, (MAIN,), metavar="I", usual=None,
            matters=aligns),
@@ -287,7 +285,7 @@ OPTIONS = (
     Option("seed", "run", "seed of the run", COUNT, 0, flags=("random_seed",), handed_on=True),
     Option("save_folder", "run", "where the checkpoints go", path, "checkpoint", (TRAIN,), "DIR", free=True),
     Option("match_memory", "matching", "most memory for the correlation matrices; beyond it the edges are taken in "
-           "blocks (but by --align at_once and C2M3, which hold all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True),
+           "blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True),
     Option("workers", "processes", "deal the agents out to N processes, which share this machine's threads; the data "
            "set and --match_memory are there for each (default: with --training on a CPU one for each thread, at most "
            "one for each agent; else 1)", number(int, 1), None, (MAIN,), "N", free=True),

@@ -159,14 +159,11 @@ class CommonBasis:
     root, of equally many). Everybody who knows weights(iteration) knows all of this.
 
     root: an agent; None: of every part the one whose farthest other is nearest.
-    every: after so many iterations all do it again; 0: never.
     """
 
-    def __init__(self, weights: Callable[[int], np.ndarray], num_agents: int, root: int | None, every: int):
-        self.weights, self.root, self.every = weights, root, every
-        # agent -> the order it has: the number of its root, plus num_agents whenever all have aligned again; -1: none
-        self.of = np.full(num_agents, -1)
-        self.again = 0
+    def __init__(self, weights: Callable[[int], np.ndarray], num_agents: int, root: int | None):
+        self.weights, self.root = weights, root
+        self.of = np.full(num_agents, -1)  # agent -> the order it has: the number of its root; -1: none
         self.iteration, self.turns = 0, Turns()
 
     def at(self, iteration: int) -> Turns:
@@ -177,9 +174,6 @@ class CommonBasis:
         return self.turns
 
     def _next(self) -> Turns:
-        if self.every and self.iteration > 1 and (self.iteration - 1) % self.every == 0:
-            self.of[:] = -1
-            self.again += len(self.of)
         weights = self.weights(self.iteration)
         takes = (weights != 0) & ~np.eye(len(weights), dtype=bool)
         towards: dict[int, list[int]] = {}
@@ -189,7 +183,7 @@ class CommonBasis:
                 continue
             if part.size > 1 and self.of[part].max() < 0:
                 root = self.root if self.root in part else _centre(takes, part)
-                self.of[root] = self.again + root
+                self.of[root] = root
                 roots.append(int(root))
             members = Counter(self.of[part][self.of[part] >= 0].tolist())
             if not members:

@@ -98,15 +98,15 @@ class Network:
         """The iteration to go on with instead of this one: another only where the others have gone on without it."""
         return iteration
 
-    def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
+    def gather(self, things: Mapping[int, Any]) -> dict[int, Any]:
         """Every agent's thing to the writer (elsewhere: {})."""
         return dict(things)
 
-    def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
+    def scatter(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
         """The writer's things, one for each agent, to the process where the agent lives."""
         return dict(things)
 
-    def together(self, prepare: Callable[[], Any]) -> Any:
+    def agree(self, prepare: Callable[[], Any]) -> Any:
         """`prepare()` in every process. Where it fails in one, Refused with the first reason in all of them."""
         return prepare()
 
@@ -269,13 +269,13 @@ class ManyProcesses(Network):
         who = f"agent{'s' * (len(self.agents) > 1)} {self._living_at(self.rank)}"
         return NeighbourLost(f"{who} waited {waited:.1f} s for {what}: {reason}")
 
-    def collect(self, things: Mapping[int, Any]) -> dict[int, Any]:
+    def gather(self, things: Mapping[int, Any]) -> dict[int, Any]:
         everyone = [None] * dist.get_world_size() if self.is_writer else None
         with self._everybody():
             dist.gather_object(dict(things), everyone, dst=0, group=self.control)
         return {i: thing for part in everyone or () for i, thing in part.items()}
 
-    def deal(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
+    def scatter(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
         mine, everyone = [None], None
         if self.is_writer:
             everyone = [{i: things[i] for i, r in self.home.items() if r == rank}
@@ -284,7 +284,7 @@ class ManyProcesses(Network):
             dist.scatter_object_list(mine, everyone, src=0, group=self.control)
         return mine[0]
 
-    def together(self, prepare: Callable[[], Any]) -> Any:
+    def agree(self, prepare: Callable[[], Any]) -> Any:
         result, failure = None, None
         try:
             result = prepare()

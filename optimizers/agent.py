@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -68,14 +70,20 @@ class Agent:
     mixed with the neighbours', all of it or (`mix_buffers=False`) the parameters; buffers: the rest of that. memory:
     named vectors that a method keeps from step to step; they are saved with the agent's state.
 
+    While a message of the agent is on its way, what BatchNorm learns from a batch is kept apart from `buffers`, and
+    added at the end of the step to what they are mixed to. Were it mixed itself, an agent would learn its statistics
+    pi_ii times as fast, and they would lag behind the weights.
+
     flat: the agent's own model; batches: an endless stream of them; loss(forward, batch) -> (scalar, number of correct
-    answers); scratch: a model to take cross-gradients in, which all agents of a process may share.
+    answers); scratch() -> a model to take cross-gradients in, the same whenever it is called: all agents of a process
+    may share it.
     """
 
     def __init__(self, index: int, flat: FlatModel, batches: Iterator[Batch], *, loss: Callable | None = None,
                  mix_buffers: bool = True, weight_decay: float = 0.0, amp: str = "none", seed: int = 0,
-                 scratch: FlatModel | None = None) -> None:
-        self.index, self.flat, self.batches, self.seed, self.scratch = index, flat, batches, seed, scratch
+                 scratch: Callable[[], FlatModel] | None = None) -> None:
+        self.index, self.flat, self.batches, self.seed = index, flat, batches, seed
+        self.scratch = scratch or functools.cache(lambda: FlatModel(copy.deepcopy(flat.module)))
         self.loss, self.amp, self.weight_decay = loss or classification, amp, weight_decay
         self.x = flat.vector
         self.parameters = self.x[: flat.num_parameters]
@@ -83,13 +91,16 @@ class Agent:
         self.buffers = self.shared[flat.num_parameters :]
         self.memory: dict[str, Tensor] = {}
         self.steps = self.samples = 0
+        self.has_sent = False  # in this step
+        self.learnt: Tensor | None = None  # by BatchNorm, since then
         self.batch: Batch = ()
         self.forget_stats()
 
     def gradient(self) -> Tensor:
         """(P,): the gradient at x on the next batch, valid until the next call. BatchNorm sees the batch."""
         self.batch = next(self.batches)
-        loss, right = self._backward(self.flat, owner=self.index)
+        with self._buffers_as_sent():
+            loss, right = self._backward(self.flat, owner=self.index)
         size = len(self.batch[0])
         self._loss_sum, self._right = self._loss_sum + loss * size, self._right + right
         self._seen += size
@@ -102,11 +113,29 @@ class Agent:
 
         It is taken in the scratch model, so that nobody's BatchNorm statistics change.
         """
-        if self.scratch is None:
-            self.scratch = FlatModel(copy.deepcopy(self.flat.module))
-        self.scratch.vector[: len(x)].copy_(x)
-        self._backward(self.scratch, owner)
-        return self.scratch.gradient.clone()
+        scratch = self.scratch()
+        scratch.vector[: len(x)].copy_(x)
+        self._backward(scratch, owner)
+        return scratch.gradient.clone()
+
+    @contextlib.contextmanager
+    def _buffers_as_sent(self) -> Iterator[None]:
+        """Keeps apart what happens to the buffers, if a message has left."""
+        if not self.has_sent:
+            yield
+            return
+        sent = self.buffers.clone()
+        if self.learnt is not None:
+            self.buffers.add_(self.learnt)
+        yield
+        self.learnt = self.buffers - sent
+        self.buffers.copy_(sent)
+
+    def end_step(self) -> None:
+        if self.learnt is not None:
+            self.buffers.add_(self.learnt)
+        self.has_sent, self.learnt = False, None
+        self.steps += 1
 
     def _backward(self, flat: FlatModel, owner: int) -> tuple[Tensor, Tensor]:
         flat.module.train()

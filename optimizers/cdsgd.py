@@ -18,9 +18,8 @@ def cdsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     The gradient is taken at the old point, so the models travel meanwhile.
     """
     arriving = yield hood.send(agent.shared)
-    buffers = agent.buffers.clone()
     g = agent.gradient()
-    combine(agent, hood, arriving.wait(), buffers)
+    hood.mix(agent.shared, arriving.wait())
     agent.parameters.sub_(g, alpha=s.lr)
 
 
@@ -31,10 +30,9 @@ def cdmsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     Momentum for CDSGD comes from the same paper, where it has several forms.
     """
     arriving = yield hood.send(agent.shared)
-    buffers = agent.buffers.clone()
     g = agent.gradient()
     v = heavy_ball(agent, g, s.momentum)
-    combine(agent, hood, arriving.wait(), buffers)
+    hood.mix(agent.shared, arriving.wait())
     agent.parameters.sub_(v, alpha=s.lr)
 
 
@@ -48,18 +46,6 @@ def dpsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     agent.parameters.sub_(g, alpha=s.lr)
     arriving = yield hood.send(agent.shared)
     hood.mix(agent.shared, arriving.wait())
-
-
-def combine(agent: Agent, hood: Neighbourhood, received: dict[int, torch.Tensor], buffers: torch.Tensor) -> None:
-    """x_i <- sum_j pi_ij x_j, as all were when they were sent.
-
-    BatchNorm's buffers, which were `buffers` then, have seen a batch since: what it changed is added to the mix. Were
-    it mixed itself, an agent would learn its statistics pi_ii times as fast, and they would lag behind the weights.
-    """
-    change = agent.buffers - buffers
-    agent.buffers.copy_(buffers)
-    hood.mix(agent.shared, received)
-    agent.buffers.add_(change)
 
 
 def heavy_ball(agent: Agent, g: torch.Tensor, momentum: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from network.processes import Mail
 from optimizers.agent import Agent
-from optimizers.cdsgd import combine, heavy_ball
+from optimizers.cdsgd import heavy_ball
 from optimizers.registry import Neighbourhood, Settings, Step, register_baseline
 
 CGA_FORMS = ("paper", "authors")
@@ -30,7 +30,6 @@ def cga(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     Source: Esfandiari et al. 2021 (arXiv 2103.02051), Algorithm 1.
     """
     arriving = yield hood.send(agent.shared)
-    buffers = agent.buffers.clone()
     g = agent.gradient()
     models = arriving.wait()
     crossed = {j: agent.cross_gradient(x, owner=j) for j, x in models.items()}
@@ -44,7 +43,7 @@ def cga(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     projected = project(g, rows, margin=MARGIN if weighted else 0.0,
                         sizes=agent.flat.sizes if s.cga_scope == "tensor" else None)
     v = heavy_ball(agent, projected, s.momentum)
-    combine(agent, hood, models, buffers)
+    hood.mix(agent.shared, models)
     agent.parameters.sub_(projected + s.momentum * v if weighted else v, alpha=s.lr)
 
 

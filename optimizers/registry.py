@@ -91,7 +91,8 @@ def take_step(baseline: Baseline, agents: Mapping[int, Agent], hoods: Mapping[in
     while mails:
         arriving, mails = network.exchange(mails), {}
         for i, step in steps.items():
+            agents[i].has_sent = True
             try:
                 mails[i] = step.send(arriving[i])
             except StopIteration:
-                agents[i].steps += 1
+                agents[i].end_step()

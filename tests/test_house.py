@@ -1,4 +1,4 @@
-"""The rooms of the house: imports run down, and nobody imports a door."""
+"""The rooms of the house: imports run down, nobody imports a door, and a door is short."""
 
 import ast
 from pathlib import Path
@@ -41,3 +41,18 @@ def test_imports_run_down(file):
     own = room(file)
     for other in imports(file) & LEVEL.keys() - {own}:
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("door", ["train", "main", "base_lines"])
+def test_doors_are_short(door):
+    assert len((ROOT / f"{door}.py").read_text().splitlines()) <= 150
+
+
+def test_no_two_classes_have_one_name():
+    """A reader who meets a name knows which one it is."""
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and room(file) != "benchmarks":
+                homes.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

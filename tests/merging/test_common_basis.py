@@ -261,9 +261,9 @@ def test_the_prior_keeps_more_units_of_unlike_models_in_their_places(spec, model
 # Who aligns itself to whom
 
 
-def basis(name: str, agents: int, root=None, every: int = 0) -> CommonBasis:
+def basis(name: str, agents: int, root=None) -> CommonBasis:
     topology = make_topology(name, agents)
-    return CommonBasis(lambda iteration: topology.weights(iteration - 1), agents, root, every)
+    return CommonBasis(lambda iteration: topology.weights(iteration - 1), agents, root)
 
 
 def test_the_order_spreads_from_the_centre_and_only_once():
@@ -278,7 +278,7 @@ def test_the_order_spreads_from_the_centre_and_only_once():
 def test_the_root_is_the_graphs_centre():
     assert basis("star", 6).at(1).roots == [0]
     edges = np.eye(5, k=1) + np.eye(5, k=-1)
-    assert CommonBasis(lambda _: edges, 5, None, 0).at(1).roots == [2]
+    assert CommonBasis(lambda _: edges, 5, None).at(1).roots == [2]
 
 
 @pytest.mark.parametrize("name", ["ring", "fully_connected", "bipartite", "torus", "star", "exponential", "random",
@@ -309,7 +309,7 @@ def test_parts_that_meet_take_the_order_of_most():
             edges[i, j] = edges[j, i] = 1
         return edges
 
-    plan = CommonBasis(weights, 5, None, 0)
+    plan = CommonBasis(weights, 5, None)
     assert plan.at(1).roots == [0, 3]
     assert dict(plan.at(2).towards) == {1: [2], 0: [1]}
     assert plan.of.tolist() == [3] * 5
@@ -322,11 +322,6 @@ def test_who_joins_later_takes_the_others_order():
             edges[3] = edges[:, 3] = 0
         return edges
 
-    plan = CommonBasis(weights, 4, None, 0)
+    plan = CommonBasis(weights, 4, None)
     assert 3 not in plan.at(1).towards
     assert dict(plan.at(2).towards) == {3: [0, 1, 2]} and plan.at(2).roots == []
-
-
-def test_aligning_again():
-    plan = basis("ring", 5, every=2)
-    assert [bool(plan.at(k).towards) for k in range(1, 7)] == [True, False, True, False, True, False]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import fleet
+from agents.merging import MergingAgents
 from models import build_model
 from network.folder import HEADER, SharedFolder, forget, read_key, run_name
 from network.topology import make_topology
@@ -591,7 +591,7 @@ def test_a_neighbour_that_is_out_of_all_proportion_is_left_out(tmp_path, monkeyp
     said = script("main", *flags, "--merg_itr=3", cwd=tmp_path).stdout
     assert said.count("agent 1's model is 999 times the norm of its own away (--max_distance 10)") == 2
     assert said.count("agent 2's model makes activations that are not finite: merging without it") == 2
-    monkeypatch.setattr(fleet.Fleet, "has_finite_features", lambda *_: True)
+    monkeypatch.setattr(MergingAgents, "has_finite_features", lambda *_: True)
     publish(2, 4)
     said = script("main", *flags, "--merg_itr=4", cwd=tmp_path).stdout
     assert "are not finite; check the images" in said and "it goes on without this merge" in said

@@ -219,7 +219,7 @@ def test_scripts_and_pictures_agree_on_what_has_no_say():
     methods = [*METHODS, "NONE"]
     for opt, training, bn_reset in itertools.product(methods, ("True", "False"), ("none", "both")):
         o = main_parser().parse_args([f"--opt={opt}", f"--training={training}", f"--bn_reset={bn_reset}", "--root=0"])
-        settle_alignment(o, make_topology("ring", o.num_models))
+        settle_alignment(o)
         matter = options_that_matter(o, {})
         given = {key for key, value in vars(o).items() if value is not None}
         assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), opt

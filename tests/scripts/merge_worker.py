@@ -30,10 +30,10 @@ CASES = {
     "WA one-way local": ["--opt=WA", "--topology=one_peer_exponential", "--match_data=local", "--wire=fp16"],
     "WA star all": ["--opt=WA", "--topology=star", "--bn_reset=after"],
     "WA faults all": ["--opt=WA", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3"],
-    "COMMON ring local": ["--opt=COMMON", "--exp=2", "--match_data=local", "--align_every=1"],
+    "COMMON ring local": ["--opt=COMMON", "--exp=2", "--match_data=local", "--root=2"],
     "COMMON faults all": ["--opt=COMMON", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3",
                           "--wire=int8", "--match_samples=100"],
-    "COMMON at once": ["--opt=COMMON", "--exp=1", "--align=at_once", "--match_samples=100"],
+    "COMMON fully connected prior": ["--opt=COMMON", "--exp=1", "--match_prior=identity", "--match_samples=100"],
     "C2M3 ring": ["--opt=C2M3", "--exp=2", "--match_samples=100", "--bn_reset=repair"],
     "alone": ["--opt=NONE"],
 }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from base_lines import batch_stream, steps_of_an_epoch
+from agents.mixing import batch_stream, steps_of_an_epoch
 from data.batches import Batches
 from data.datasets import load_dataset
 from experiments.options import base_lines_parser

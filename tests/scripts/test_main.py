@@ -14,12 +14,15 @@ import torch
 import yaml
 
 from agents.local import LocalTrainer, load_agents_data, new_model
+from agents.run import Phase
 from data.batches import Batches
 from data.datasets import load_dataset
 from experiments.options import main_parser
 from experiments.settle import settle_options
+from main import dimat
 from merging.batch_norm import reestimate
 from network.topology import make_topology
+from reports.runs import comparable, read_run
 from storage.files import claim, save_text
 from tests.helpers import equal, equal_runs, folder_of, process, rows_of, script
 
@@ -393,14 +396,47 @@ def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
 
 
 def test_a_common_basis_resumes_to_an_equal_run(checkpoints, tmp_path):
-    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--align_every=2", "--match_prior=identity"]
+    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--match_prior=identity"]
     whole = folder_of(script("main", *flags, "--merg_itr=3", cwd=tmp_path), tmp_path)
-    assert whole.parent.name.endswith("match_prior=identity,align_every=2")
+    assert whole.parent.name.endswith("match_prior=identity")
     home = tmp_path / "in_parts"
     home.mkdir()
     for length in (1, 2, 3):
         parts = folder_of(script("main", *flags, f"--merg_itr={length}", "--resume", cwd=home), home)
     equal_runs(whole, parts)
+
+
+def test_a_run_from_when_there_were_more_options_goes_on_and_is_compared(checkpoints, tmp_path):
+    """Its config.yaml names options that are gone, at the values that all runs have now."""
+    flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON"]
+    now = folder_of(script("main", *flags, "--merg_itr=2", cwd=tmp_path), tmp_path)
+    (home := tmp_path / "then").mkdir()
+    then = folder_of(script("main", *flags, "--merg_itr=1", cwd=home), home)
+    with (then / "config.yaml").open("a") as config:
+        config.write("align: in_turn\nalign_every: 0\n")
+    script("main", *flags, "--merg_itr=2", "--resume", cwd=home)
+    equal_runs(now, then)
+    config = yaml.safe_load((now / "config.yaml").read_text())
+    gone = {"align": "in_turn", "align_every": 0}
+    assert not config.keys() & gone.keys()
+    assert comparable(config | gone) == comparable(config) != comparable(config | {"align_every": 2})
+    ours, theirs = (read_run(folder).options for folder in (now, then))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"command"} and ours.keys() == theirs.keys()
+
+
+def test_algorithm_1_merges_trains_and_ends_with_a_merge():
+    class Agents:
+        def merge(self, k):
+            return {0: {"merged_with": f"in {k}"}}
+
+        def train(self, k):
+            return {0: {"stats": k}}
+
+    merges = [Phase(k, "merged", {0: {"merged_with": f"in {k}"}}) for k in range(4)]
+    trained = [Phase(k, "trained", {0: {"stats": k}}) for k in range(4)]
+    assert [*dimat(Agents(), range(1, 4), 3, training=True)] == [
+        merges[1], trained[1], merges[2], trained[2], merges[3]]
+    assert [*dimat(Agents(), range(1, 4), 3, training=False)] == merges[1:]
 
 
 def test_every_local_epoch_has_chances_of_its_own(checkpoints, tmp_path, monkeypatch):

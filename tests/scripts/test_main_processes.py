@@ -414,11 +414,7 @@ def test_an_agent_that_died_before_it_wrote_down_its_order_does_not_claim_it(che
 
 
 @pytest.mark.parametrize(("flags", "word"), [
-    (["--opt=COMMON", "--align=at_once", "--topology=star"], "fully_connected"),
     (["--opt=COMMON", "--root=3"], "0 to 2"),
-    (["--opt=COMMON", "--align=at_once", "--exp=1", "--match_data=local"], "--match_data all"),
-    (["--opt=COMMON", "--align=at_once", "--exp=1", "--agent_failure=0.1"], "--align in_turn does without"),
-    (["--opt=COMMON", "--align=at_once", "--exp=1", "--processes=3"], "--align in_turn does without"),
     (["--agent=3", "--exchange=folder:x"], "0 to 2"), (["--agent=1"], "--exchange"), (["--processes=2"], "give 3"),
     (["--staleness=2"], "--agent or --processes"), (["--agent=0", "--exchange=folder:x", "--workers=2"], "--workers"),
     (["--agent=0", "--exchange=tcp:x"], "folder:PATH"), (["--exchange=folder:x"], "--agent or --processes"),

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from agents.local import LocalTrainer
-from data.datasets import DATASETS, load_dataset
-from data.partition import PARTITIONS
+from agents.local import LocalTrainer, TrainSettings
+from data.datasets import load_dataset
 from experiments.options import train_parser
-from models import MODELS, build_model
+from models import build_model
 from storage.files import save_tensors
 from tests.helpers import TINY, process, script
 
@@ -183,13 +182,13 @@ def test_a_deleted_model_is_trained_again(tmp_path):
 
 
 def test_dropout_depends_on_the_seed_alone(tmp_path):
-    options = train_parser(DATASETS, MODELS, PARTITIONS).parse_args(["--train_samples=100"])
+    options = train_parser().parse_args(["--train_samples=100"])
     dataset = load_dataset("digits", train_samples=100)
 
     def weights(seed_path) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
-        trainer = LocalTrainer(model, dataset, options, torch.device("cpu"))
+        trainer = LocalTrainer(model, dataset, TrainSettings.of(options), torch.device("cpu"))
         torch.rand(weights.calls)  # what came before must not matter
         weights.calls += 1
         trainer.epoch(np.arange(100), seed_path, *trainer.fresh_optimizer())

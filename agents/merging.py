@@ -1,0 +1,275 @@
+"""The agents of one process that merge their models, and what they do in an iteration: exchange, merge and train."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.alignment import Alignment
+from agents.local import LocalTrainer, new_model
+from agents.run import Agents
+from data.batches import Batches
+from data.datasets import some_images
+from experiments.checkpoints import check_state
+from merging import METHODS, Method, merge, outgoing
+from merging.activation_matching import Matching
+from merging.averaging import State, least_distance
+from merging.batch_norm import images_of, reestimate
+from merging.common_basis import CommonBasis
+from merging.permutation import FeatureReader, PermutationSpec, derive_spec
+from models import training
+from network.faults import Faults, surviving, without
+from network.processes import Network, taken
+from network.topology import Topology
+from utils.progress import progress, say
+from utils.seeds import generator
+
+
+@dataclass
+class MergingAgents(Agents):
+    """The agents of this process, their models, what they have done so far, and the network that ties them to the rest.
+
+    train_parts, test_parts: of all agents, but train_parts may be empty for those that live elsewhere.
+    samples, steps: agents here -> how many they have trained with.
+    """
+
+    o: Namespace
+    topology: Topology
+    network: Network
+    trainer: LocalTrainer
+    train_parts: list[np.ndarray]
+    test_parts: list[np.ndarray]
+    states: dict[int, State]
+    samples: dict[int, int] = field(init=False)
+    steps: dict[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.samples, self.steps = dict.fromkeys(self.states, 0), dict.fromkeys(self.states, 0)
+
+    # What it goes by
+
+    @property
+    def method(self) -> Method | None:
+        """How models are merged; None: agents stay alone."""
+        return METHODS.get(self.o.opt)
+
+    @cached_property
+    def spec(self) -> PermutationSpec | None:
+        """The permutation groups, for the methods that permute."""
+        if not (self.method and (self.method.permutes or self.method.aligned)):
+            return None
+        dataset = self.trainer.dataset
+        example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
+        return derive_spec(new_model(self.o, dataset), example)
+
+    @cached_property
+    def alignment(self) -> Alignment | None:
+        """For the method whose agents align themselves before they merge."""
+        if not (self.method and self.method.aligned):
+            return None
+        return Alignment(CommonBasis(self.weights, self.o.num_models, self.o.root), self.network, self.states,
+                         self.spec, self.trainer.model, self.matching)
+
+    @property
+    def matching(self) -> Matching:
+        """How the agents here compare models by their activations."""
+        return Matching(at=self.o.match_at, memory=int(self.o.match_memory * 2**30), prior=self.o.match_prior)
+
+    @property
+    def options_of_method(self) -> Any:
+        """What is set of the merge method: its option NAME is --match_NAME. None where nothing can be."""
+        values = {name.removeprefix("match_"): value for name, value in vars(self.o).items()} | asdict(self.matching)
+        return self.method.options and self.method.options(
+            **{name: values[name] for name in self.method.option_names if name in values})
+
+    @property
+    def compares_activations(self) -> bool:
+        return self.method.reads_images or self.method.aligned
+
+    @cached_property
+    def faults(self) -> Faults:
+        return Faults(self.o.link_failure, self.o.agent_failure, self.o.seed)
+
+    def up(self, iteration: int) -> list[int]:
+        """The agents of this process that take part in an iteration."""
+        up = self.faults.agents(iteration, self.o.num_models)
+        return [i for i in self.states if up[i]]
+
+    def weights(self, iteration: int) -> np.ndarray:
+        """(N, N): the mixing matrix of iteration 1, 2, ..., without what fails in it."""
+        if self.method is None:
+            return np.eye(self.o.num_models)
+        return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.o.num_models))
+
+    def neighbours(self) -> list[int]:
+        """With whom the agents here ever exchange models."""
+        ties = self.topology.connectivity | self.topology.connectivity.T
+        return [j for i in self.network.agents for j in np.flatnonzero(ties[i]).tolist()]
+
+    def matching_batches(self, agent: int | None, iteration: int) -> Batches:
+        """What matching and BatchNorm re-estimation read in an iteration: an agent's images, or (None) all agents'."""
+        o, dataset = self.o, self.trainer.dataset
+        indices = some_images(dataset.train, self.train_parts, agent, o.match_samples,
+                              generator(o.seed, agent or 0, iteration, "sample"))
+        return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
+                       make_generator=lambda: generator(o.seed, agent or 0, iteration, "match"))
+
+    # Merging
+
+    def merge(self, iteration: int) -> dict[int, dict[str, Any]]:
+        """x_i <- sum_j w_ij P_ij(x_j) for every agent i here.
+
+        Returns whose models each one `merged_with` its own: "0 3", or "0 3@7" where the last that was to be had of 3
+        was of iteration 7; and what was `matched` for it, rows of merge_stats.csv.
+        """
+        if self.method is None:
+            return self.stay_alone(iteration)
+        weights = self.weights(iteration)
+        takes = taken(weights)
+        merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
+        shared = self.matching_batches(None, iteration) if self.o.match_data == "all" else None
+        images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
+        matched: list[dict] = []
+        merged_with = dict.fromkeys(self.states, "")
+        try:
+            models = self.exchange(iteration, weights, images)
+            weights = without(weights, [j for j in range(self.o.num_models) if j not in models])
+            merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
+            merged, matched = self.merged(merging, models, weights, images, shared)
+            self.states |= merged
+            names = {j: f"{j}@{self.network.old[j]}" if j in self.network.old else str(j) for j in models}
+            merged_with = {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist())
+                           for i in self.states}
+        except ValueError as error:
+            if not self.network.may_miss:
+                raise ValueError(f"iteration {iteration}: {error}") from error
+            say(f"warning: agent {self.network.agents[0]}, iteration {iteration}: {error}: it goes on without this "
+                "merge")
+        rows = (self.alignment.take_matched() if self.alignment else []) + matched
+        return {i: {"merged_with": merged_with[i], "matched": [row for row in rows if row["agent"] == i]}
+                for i in self.states}
+
+    def merged(self, agents: Sequence[int], models: Mapping[int, State], weights: np.ndarray,
+               images: Mapping[int, Batches], shared: Batches | None) -> tuple[dict[int, State], list[dict]]:
+        """The merged models of these agents, and a row for all that was matched."""
+        o, num_agents = self.o, range(self.o.num_models)
+        data = {"local_batches": [images.get(i) for i in num_agents]} if shared is None else {"batches": shared}
+        merged = merge([models.get(i) for i in num_agents], weights, method=o.opt, model=self.trainer.model,
+                       spec=self.spec, matching=self.options_of_method, bn_reset=o.bn_reset, robust=o.robust,
+                       agents=agents, lent=True, **data)
+        return {i: merged.states[i] for i in agents}, [asdict(match) for match in merged.matches]
+
+    def stay_alone(self, iteration: int) -> dict[int, dict[str, Any]]:
+        """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
+        for i in self.up(iteration) if self.o.bn_reset != "none" else ():
+            self.states[i] = reestimate(self.trainer.model, self.states[i], self.matching_batches(i, iteration))
+        return {i: {"merged_with": "", "matched": []} for i in self.states}
+
+    def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches]) -> dict[int, State]:
+        """The models that the agents here merge in this iteration, their own too."""
+        o, everybody = self.o, range(self.o.num_models)
+        aligns = self.alignment is not None and bool(self.alignment.turns(iteration).towards)
+        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], o.bn_reset,
+                            compared=aligns or self.method.reads_images) for i in images}
+
+        def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
+            arrived = self.network.share(iteration, {i: lent[i] for i in lent if i in lenders},
+                                         np.where(np.isin(everybody, lenders), weights, 0), o.wire,
+                                         like=self.trainer.model.state_dict(), turn=turn)
+            return self.plausible(iteration, arrived, lent, images) if self.network.may_miss else arrived
+
+        if self.alignment:
+            return self.alignment.exchange(iteration, weights, lent, images, share)
+        return share(lent, everybody, 0)
+
+    def plausible(self, iteration: int, models: dict[int, State], lent: Mapping[int, State],
+                  images: Mapping[int, Batches]) -> dict[int, State]:
+        """The models that have come to an agent on its own, without those that it can't or shan't merge."""
+        for i, own in lent.items():
+            flaws = {j: self.flaw(own, models[j], images[i]) for j in sorted(models) if j != i}
+            for j in filter(flaws.get, flaws):
+                say(f"warning: agent {i}, iteration {iteration}: agent {j}'s model {flaws[j]}: merging without it")
+            models = {j: state for j, state in models.items() if not flaws.get(j)}
+        return models
+
+    def flaw(self, own: State, other: State, images: Batches) -> str:
+        most, names = self.o.max_distance, [name for name, _ in self.trainer.model.named_parameters()]
+        if most and not (apart := least_distance(own, other, names)) <= most:
+            return f"is {apart:.3g} times the norm of its own away (--max_distance {most:g})"
+        if self.compares_activations and not self.has_finite_features(other, images):
+            return "makes activations that are not finite"
+        return ""
+
+    def has_finite_features(self, state: State, images: Batches) -> bool:
+        """Whether what matching reads of a model on the first batch has finite squares."""
+        first = next(images_of(images, self.trainer.device, "a look at the models"))
+        reads = FeatureReader(self.trainer.model, self.spec, self.o.match_at, self.trainer.device)(state, first)
+        return all(bool(read.float().square().sum().isfinite()) for group in reads.values() for read in group)
+
+    # Training
+
+    def train(self, iteration: int) -> dict[int, dict[str, training.EpochStats]]:
+        """E local epochs of every agent with a fresh optimiser; `stats` are the last epoch's."""
+        stats = {}
+        for i in progress(self.up(iteration), f"iteration {iteration}: training", unit="agent"):
+            self.trainer.model.load_state_dict(self.states[i])
+            optimizer, scaler = self.trainer.fresh_optimizer()
+            last = training.EpochStats(math.nan, math.nan, 0, 0)
+            for epoch in range(1, self.o.epochs + 1):
+                try:
+                    last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"),
+                                              optimizer, scaler)
+                except training.Diverged as error:
+                    raise training.Diverged(f"agent {i}, iteration {iteration}: {error}; the run folder keeps what was "
+                                            "finished before") from None
+                self.samples[i] += last.samples
+                self.steps[i] += last.steps
+            self.states[i] = training.snapshot(self.trainer.model)
+            stats[i] = {"stats": last}
+        return stats
+
+    # As a run sees them
+
+    def evaluate(self) -> dict[int, training.Evaluation]:
+        """Each distinct model once over the test set."""
+        seen: dict[int, training.Evaluation] = {}
+        for state in progress(self.states.values(), "evaluation", unit="agent"):
+            if id(state) not in seen:
+                self.trainer.model.load_state_dict(state)
+                seen[id(state)] = self.trainer.evaluate(self.trainer.dataset.test)
+        return {i: seen[id(state)] for i, state in self.states.items()}
+
+    def report(self, iteration: int) -> dict[int, dict[str, Any]]:
+        evaluations, up = self.evaluate(), self.up(iteration) if iteration else self.states
+        orders = self.alignment.orders if self.alignment else {}
+        return {i: {"state": state, "evaluation": evaluations[i], "samples": self.samples[i], "steps": self.steps[i],
+                    "took_part": int(i in up), "saved": {"agents": i, "orders": orders.get(i, -1)}}
+                for i, state in self.states.items()}
+
+    def take_up(self, shares: Mapping[int, Mapping[str, Any] | None]) -> None:
+        for i, share in shares.items():
+            if share is not None:
+                state = share["states"]
+                check_state(state, self.trainer.model.state_dict(), f"agent {i}'s model in the run's state.pt")
+                self.states[i] = {k: t.to(self.trainer.device) for k, t in state.items()}
+                self.samples[i], self.steps[i] = share["samples"], share["steps"]
+                if self.alignment and share.get("orders", -1) >= 0:
+                    self.alignment.orders[i] = share["orders"]
+
+    def turn(self, iteration: int) -> int:
+        return self.network.turn(iteration, self.weights)
+
+    def notes(self) -> list[str]:
+        if not (self.spec and self.spec.stuck):
+            return super().notes()
+        name, reason = next(iter(self.spec.stuck.items()))
+        return [*super().notes(),
+                f"{self.o.opt} averages the units of {len(self.spec.stuck)} layers as they are, because they can't be "
+                f"permuted: {name} ({reason}){', ...' if len(self.spec.stuck) > 1 else ''}"]

@@ -1,0 +1,230 @@
+"""A run of main.py or base_lines.py: how it starts, and what is done with the phases that its algorithm yields."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_model
+from experiments.checkpoints import State, check_state, digest, digest_of_all
+from experiments.run_folder import METRICS, RunFolder, circumstances, consensus_distance, record_agents
+from experiments.settle import without_say
+from merging.averaging import weighted_average
+from network.processes import Network, is_launched, is_restart, launch
+from network.topology import Topology
+from storage.files import load_yaml
+from utils.progress import progress
+from utils.seeds import generator
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an iteration that is done. What the agents are then is asked of them.
+
+    name: one of the run folder's PHASES; figures: agent here -> what the phase has to say of it: columns of
+    metrics.csv, `stats` of its last local epoch, `matched`, rows of merge_stats.csv.
+    """
+
+    iteration: int
+    name: str
+    figures: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Agents(ABC):
+    """The agents of one process, as a run sees them."""
+
+    o: Namespace
+    network: Network
+    topology: Topology
+    trainer: LocalTrainer
+    test_parts: list[np.ndarray]  # of all agents
+
+    @abstractmethod
+    def take_up(self, shares: Mapping[int, Mapping[str, Any] | None]) -> None:
+        """Bring each agent to what state.pt keeps of it, by the names there; None: it begins.
+
+        Raises ValueError for what is of another model.
+        """
+
+    @abstractmethod
+    def report(self, iteration: int) -> dict[int, dict[str, Any]]:
+        """Each agent's `state` to write down, its `evaluation`, columns of metrics.csv, and what is `saved`.
+
+        saved: what state.pt keeps of it besides samples and steps; `states` only where they differ from `state`.
+        """
+
+    def turn(self, iteration: int) -> int:
+        """The iteration to go on with instead of this one: another where the others have gone on without us."""
+        return iteration
+
+    def notes(self) -> list[str]:
+        """What is unusual about this run."""
+        if self.topology.is_connected or self.o.topology == "disconnected":
+            return []
+        return [f"--topology {self.o.topology} is not connected: its parts never hear of each other"]
+
+
+Algorithm = Callable[[Phase, Iterator[int]], Iterator[Phase]]
+"""The phases that follow one which is done, and the iterations that are left."""
+
+
+def carry_out(agents: Agents, algorithm: Algorithm, last: int, open_folder: Callable[[], RunFolder | None], *,
+              keep: bool = False, unit: str = "iteration", units: int = 1) -> Path:
+    """Do what is left of a run of `last` iterations, in every process alike; its folder.
+
+    keep: every iteration's state; unit, units: in what its length is said, and how many of them an iteration has.
+    """
+    network = agents.network
+    folder = network.agree(open_folder)
+    with folder or contextlib.nullcontext():
+        for note in agents.notes() if folder else ():
+            print(f"note: {note}")
+        # Drops what a longer run had begun.
+        saved = network.agree(lambda: shares(network, folder.load() if folder else None))
+        mine = network.scatter(saved)
+        network.agree(lambda: agents.take_up(mine))
+        share = next(iter(mine.values()))
+        done = Phase(share["iteration"], share["phase"]) if share else Phase(0, "initial")
+        if done.iteration < last:
+            if done.iteration and folder:
+                print(f"continuing after {unit} {done.iteration * units} of {last * units}")
+            logbook = Logbook(agents, folder, last, keep)
+            if not done.iteration:
+                logbook.record(done)
+            for phase in algorithm(done, logbook.iterations(done.iteration + 1)):
+                logbook.record(phase)
+        elif folder:
+            print(f"finished before: {done.iteration * units} {unit}s are done (--overwrite starts afresh)")
+    return folder.path if folder else Path()
+
+
+class Logbook:
+    """Records phases and commits iterations. folder: at the writer."""
+
+    def __init__(self, agents: Agents, folder: RunFolder | None, last: int, keep: bool) -> None:
+        self.agents, self.network, self.folder, self.last, self.keep = agents, agents.network, folder, last, keep
+        self.uncommitted: dict[str, Any] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """The next phase takes time, and sends bytes, from now on."""
+        self.began = time.perf_counter()
+        self.sent, self.received = dict(self.network.sent), dict(self.network.received)
+
+    def iterations(self, first: int) -> Iterator[int]:
+        """Those that are left, without what the others did meanwhile: one is done when the next is asked for."""
+        turn = first
+        for iteration in progress(range(first, self.last + 1), "iterations"):
+            self.commit()
+            if iteration >= turn:
+                turn = self.agents.turn(iteration)
+            if iteration == turn:
+                self.begin()
+                yield iteration
+        self.commit()
+
+    def record(self, phase: Phase) -> None:
+        """Gather what the agents of all processes have done and, at the writer, write it down."""
+        mine = {i: own | {"stats": None, "bytes_sent": self.network.sent[i] - self.sent[i],
+                          "bytes_received": self.network.received[i] - self.received[i]} | phase.figures.get(i, {})
+                for i, own in self.agents.report(phase.iteration).items()}
+        on_cpu = {id(own["state"]): {k: t.cpu() for k, t in own["state"].items()} for own in mine.values()}
+        everyone = self.network.gather({i: own | {"state": on_cpu[id(own["state"])]} for i, own in mine.items()})
+        if self.folder:
+            of_all = [everyone[i] for i in self.network.recorded]
+            self.write(phase, {key: [own[key] for own in of_all] for key in of_all[0]})
+        self.begin()
+
+    def write(self, phase: Phase, columns: dict[str, list]) -> None:
+        """columns: a list each, with a value for every agent of the folder."""
+        agents, states, evaluations = self.network.recorded, columns["state"], columns["evaluation"]
+        trainer, test_parts, of_average, distance = self.agents.trainer, self.agents.test_parts, None, None
+        if len(states) == len(test_parts):  # else of an agent on its own
+            names = [name for name, _ in trainer.model.named_parameters()]
+            distance, of_average = consensus_distance(states, names), evaluations[0]
+            if any(state is not states[0] for state in states):
+                trainer.model.load_state_dict(weighted_average(states, [1 / len(states)] * len(states)))
+                of_average = trainer.evaluate(trainer.dataset.test)
+        record_agents(self.folder, phase.iteration, phase.name, agents, evaluations, of_average, test_parts, self.began,
+                      columns["stats"], consensus_distance=distance,
+                      **{key: values for key, values in columns.items() if key in METRICS})
+        if phase.iteration:
+            self.folder.record_merge(phase.iteration, [row for rows in columns.get("matched", ()) for row in rows])
+            self.folder.save_models(phase.name, dict(zip(agents, states, strict=True)))
+            saved = {key: [own[key] for own in columns["saved"]] for key in columns["saved"][0]}
+            differing = saved.pop("states", [{}] * len(states))
+            self.uncommitted = {
+                "iteration": phase.iteration, "phase": phase.name, "samples": columns["samples"],
+                "steps": columns["steps"], **saved,
+                "states": [state | own for state, own in zip(states, differing, strict=True)]}
+
+    def commit(self) -> None:
+        """What is recorded is done: state.pt says so."""
+        if self.uncommitted:
+            self.folder.commit(self.uncommitted, self.keep)
+            self.uncommitted = {}
+
+
+def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | None:
+    """What each agent continues from, at the writer."""
+    if not network.is_writer:
+        return None
+    if saved is None:
+        return dict.fromkeys(network.recorded)
+    if len(saved["states"]) != len(network.recorded):
+        raise ValueError(f"the run's state.pt holds {len(saved['states'])} agents instead of {len(network.recorded)}: "
+                         "restore it, or give --overwrite")
+    return {i: {key: value[k] if isinstance(value, list) else value for key, value in saved.items()}
+            for k, i in enumerate(network.recorded)}
+
+
+# How it starts
+
+
+def first_agents(o: Namespace, network: Network, device: torch.device, ckp: Path | None, loaded: dict[int, State],
+                 all_images: bool = True) -> tuple[LocalTrainer, list[np.ndarray], list[np.ndarray], dict[int, State]]:
+    """Who trains and evaluates, all agents' training and test images, and the first models of those that are here.
+
+    all_images: whether other agents' training images are kept too.
+    """
+    dataset, train_parts, test_parts = load_agents_data(o, device, None if all_images else network.agents)
+    states = {i: {k: t.to(device) for k, t in state.items()}
+              for i, state in initial_states(o, dataset, ckp, loaded, network.agents).items()}
+    return LocalTrainer(new_model(o, dataset), dataset, TrainSettings.of(o), device), train_parts, test_parts, states
+
+
+def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: dict[int, State],
+                   agents: Collection[int]) -> dict[int, State]:
+    """These agents' first models: the loaded checkpoints, checked, or random ones."""
+    template = new_model(o, dataset, seed=0).state_dict()
+    if o.randominit:
+        seeds = {i: generator(o.seed, i if o.diffinit else 0, 0, "init").initial_seed() for i in agents}
+        return {i: new_model(o, dataset, seed).state_dict() for i, seed in seeds.items()}
+    for i, state in loaded.items():
+        check_state(state, template, str(ckp / f"model_{i}.pth"))
+    return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()} for i, state in loaded.items()}
+
+
+def first_models(network: Network, states: Mapping[int, State]) -> str:
+    """At the writer, a short name for what all agents begin with."""
+    return digest_of_all(network.gather({i: digest(state) for i, state in states.items()}))
+
+
+def open_run(o: Namespace, network: Network, command: str, path: Path, config: dict, matter: dict,
+             start: int = 0) -> RunFolder | None:
+    """The run folder, at the writer. A group that its launcher has started again continues by itself."""
+    if not network.is_writer:
+        return None
+    config |= circumstances(command) | {"launch": launch() if is_launched() else None}
+    goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
+    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on, start=start,
+                     overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)
