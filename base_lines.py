@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from agents.mixing import MixingAgents
-from agents.run import Phase, carry_out, first_agents, first_models, open_run
+from agents.run import Phase, carry_out, first_agents, first_models, open_run, say_finished
 from experiments.options import base_lines_parser
 from experiments.parsing import parse_once, pick_device
 from experiments.scripts import run_script
-from experiments.steps import settle, the_run
+from experiments.steps import finished, settle, the_run
 from network.processes import Network, connect, is_launched, leave, local_device, rank
 from network.workers import follow_parent
 from utils.memory import keep_freed_memory, memory_format
@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(sys.argv if argv is None else ["base_lines.py", *argv])
 
     def work() -> Path:
+        if not is_launched() and (done := finished(o)):
+            say_finished(done[1] * o.num_epochs, "epoch")
+            return done[0]
         device = pick_device(local_device(o.device))
         with connect(o.num_models, device, o.backend, o.timeout, one_each=True) as network:
             return run(o, network, device, command)

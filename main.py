@@ -13,15 +13,15 @@ import torch
 
 from agents.merging import MergingAgents
 from agents.processes import name_for_others, number_of_workers, run_agents, settle_processes
-from agents.run import Phase, carry_out, first_agents, first_models, open_run
-from experiments.merges import the_run, topology_to_merge_over
+from agents.run import Phase, carry_out, first_agents, first_models, open_run, say_finished
+from experiments.merges import finished, the_run, topology_to_merge_over
 from experiments.options import main_parser
 from experiments.parsing import parse_once, pick_device
 from experiments.scripts import run_script
 from experiments.settle import settle_options
 from merging import METHODS
 from network.folder import SharedFolder, read_key
-from network.processes import Network, connect, leave, local_device, rank
+from network.processes import Network, connect, is_launched, leave, local_device, rank
 from network.workers import follow_parent, is_sibling, with_workers
 from utils.memory import keep_freed_memory
 
@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         if o.agent is not None:
             network = SharedFolder(o.agent, Path(o.exchange), o.timeout, o.staleness, key)
             return run(o, network, pick_device(o.device), command)
+        if not is_launched() and (done := finished(o)):
+            say_finished(done[1], "iteration")
+            return done[0]
         if workers == 1:
             return run_in_group()
         checked = copy.copy(o)  # what is wrong is better said before they are started

@@ -18,7 +18,7 @@ from experiments.options import train_parser
 from experiments.parsing import parse, pick_device
 from experiments.run_folder import circumstances
 from experiments.scripts import run_script
-from experiments.trainings import COLUMNS, TABLE, describe_training, fill_defaults, rows_of_finished
+from experiments.trainings import COLUMNS, TABLE, describe_training, fill_defaults, finished, rows_of_finished
 from models import training
 from network.workers import follow_parent
 from storage.files import claim, clear, load_tensors, load_yaml, save_rows, save_tensors, save_yaml
@@ -70,6 +70,9 @@ def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
 
 
 def run(o: Namespace, command: str) -> Path:
+    if done := finished(o):
+        print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
+        return done
     fill_defaults(o)
     device = pick_device(o.device)
     dataset, parts, _ = load_agents_data(o, device)
@@ -85,8 +88,6 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
     """Train and measure the agents that `folder` lacks."""
     rows = rows_of_finished(folder)
     missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
-    if not missing:
-        print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
     for agent in missing:
         file = folder / f"model_{agent}.pth"
         if file.exists():

@@ -77,6 +77,10 @@ Algorithm = Callable[[Phase, Iterator[int]], Iterator[Phase]]
 """The phases that follow one which is done, and the iterations that are left."""
 
 
+def say_finished(count: int, unit: str) -> None:
+    print(f"finished before: {count} {unit}s are done (--overwrite starts afresh)")
+
+
 def carry_out(agents: Agents, algorithm: Algorithm, last: int, open_folder: Callable[[], RunFolder | None], *,
               keep: bool = False, unit: str = "iteration", units: int = 1) -> Path:
     """Do what is left of a run of `last` iterations, in every process alike; its folder.
@@ -103,7 +107,7 @@ def carry_out(agents: Agents, algorithm: Algorithm, last: int, open_folder: Call
             for phase in algorithm(done, logbook.iterations(done.iteration + 1)):
                 logbook.record(phase)
         elif folder:
-            print(f"finished before: {done.iteration * units} {unit}s are done (--overwrite starts afresh)")
+            say_finished(done.iteration * units, unit)
     return folder.path if folder else Path()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from pathlib import Path
 
 from experiments.options import ALONE, silent
 from experiments.run_folder import run_folder
-from experiments.settle import is_complete, matrices, pretraining, settle_options
+from experiments.settle import completed, matrices, pretraining, settle_options
 from merging import METHODS
 from network.topology import Topology, make_topology
 
@@ -25,12 +26,13 @@ def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, di
     return run_folder(vars(o), matter), config, matter
 
 
-def is_finished(o: Namespace) -> bool:
-    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+def finished(o: Namespace) -> tuple[Path, int] | None:
+    """The folder and the last iteration of a run of these options that has nothing left to do. No image is read."""
+    o = copy.copy(o)  # what is settled here is settled once more where the run begins
     if o.overwrite or o.merg_itr_init:
-        return False
+        return None
     _, made_with, loaded = settle_options(o, range(o.num_models))
-    return is_complete(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
+    return completed(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
 
 
 def topology_to_merge_over(o: Namespace) -> Topology:

@@ -58,16 +58,18 @@ def without_say(matter: dict) -> set[str]:
     return {key for key, value in matter.items() if value is None}
 
 
-def is_complete(path: Path, config: dict, matter: dict, loaded: dict[int, State]) -> bool:
-    """Whether a folder holds just this run, from the `loaded` models on, with nothing left to do."""
+def completed(path: Path, config: dict, matter: dict, loaded: dict[int, State]) -> tuple[Path, int] | None:
+    """The folder and its last iteration, if it holds just this run, from the `loaded` models on, and nothing is left to
+    do; else None."""
     if loaded:
         config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
     old, state, metrics = load_yaml(path / "config.yaml"), committed(path), path / "metrics.csv"
     if not (old and state and metrics.exists()) or contradictions(old, config, without_say(matter)):
-        return False
+        return None
     # Random models are the same as then if torch is.
-    return (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size
+    done = (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size
             and bool(loaded or old.get("versions") == circumstances("")["versions"]))
+    return (path, state["iteration"]) if done else None
 
 
 def matrices(name: str, topology: Topology) -> dict[str, list]:

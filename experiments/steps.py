@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from argparse import Namespace
 from collections.abc import Collection
@@ -10,7 +11,7 @@ from pathlib import Path
 from experiments.checkpoints import State
 from experiments.options import BASE, silent
 from experiments.run_folder import run_folder
-from experiments.settle import is_complete, matrices, pretraining, settle_options
+from experiments.settle import completed, matrices, pretraining, settle_options
 from network.topology import Topology, make_topology
 from optimizers import BASELINES
 
@@ -60,9 +61,10 @@ def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, di
     return path, config | matrices(o.topology, topology), matter
 
 
-def is_finished(o: Namespace) -> bool:
-    """Whether a run of these options has nothing left to do, so that a sweep needn't start it."""
+def finished(o: Namespace) -> tuple[Path, int] | None:
+    """The folder and the last iteration of a run of these options that has nothing left to do. No image is read."""
+    o = copy.copy(o)  # what is settled here is settled once more where the run begins
     if o.overwrite:
-        return False
+        return None
     _, made_with, loaded, topology = settle(o, range(o.num_models))
-    return is_complete(*the_run(o, made_with, topology), loaded)
+    return completed(*the_run(o, made_with, topology), loaded)

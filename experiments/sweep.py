@@ -8,7 +8,6 @@ resumes what was interrupted, because the scripts do.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import os
@@ -35,7 +34,7 @@ from storage.files import load_yaml
 from utils.progress import command, say
 
 SCRIPTS = ("train", "main", "base_lines")
-IS_FINISHED = {"train": trainings.is_finished, "main": merges.is_finished, "base_lines": steps.is_finished}
+FINISHED = {"train": trainings.finished, "main": merges.finished, "base_lines": steps.finished}
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds for a job to end after it was asked to
 
@@ -59,7 +58,7 @@ class Job:
     def is_finished(self) -> bool:
         """Whether its script has done all that it would do: then it needn't be started to hear so."""
         with contextlib.suppress(Exception):  # what is wrong the script can best say itself
-            return IS_FINISHED[self.script](copy.copy(self.options))
+            return FINISHED[self.script](self.options) is not None
         return False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from pathlib import Path
 
@@ -46,9 +47,11 @@ def rows_of_finished(folder: Path) -> list[dict]:
     return [row for row in rows if row["agent"].isdecimal() and (folder / f"model_{row['agent']}.pth").exists()]
 
 
-def is_finished(o: Namespace) -> bool:
-    """Whether `folder` has all that these options would make, so that a sweep needn't start it."""
+def finished(o: Namespace) -> Path | None:
+    """The folder, if it has all that these options would make. No image is read."""
+    o = copy.copy(o)
     fill_defaults(o)
     folder = checkpoint_folder(vars(o))
     config, old = describe_training(o), load_yaml(folder / "config.yaml")
-    return not o.overwrite and old == old | config and len(rows_of_finished(folder)) == o.num_models
+    done = not o.overwrite and old and old == old | config and len(rows_of_finished(folder)) == o.num_models
+    return folder if done else None

@@ -162,7 +162,7 @@ def test_the_scripts_keep_their_line_ends_wherever_they_are_checked_out(tmp_path
     assert not any(b"\r" in (tmp_path / file).read_bytes() for file in scripts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_shell_scripts_run_from_anywhere(tmp_path):
     home = tmp_path / "a folder"
     home.mkdir()
@@ -360,7 +360,7 @@ def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
             one.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_jobs_end_with_their_sweep_however_that_ends(tmp_path):
     endless = {"all": SWEEP["all"] | {"num_models": 2, "seed": 0, "randominit": True, "merg_itr": 10 ** 6},

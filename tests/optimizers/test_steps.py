@@ -150,6 +150,7 @@ def test_sgp_shrinks_disagreement_by_the_second_eigenvalue_in_the_long_run(probl
     assert rate == pytest.approx(topology.second_eigenvalue, rel=0.02)
 
 
+@pytest.mark.long
 def test_cdsgd_with_a_common_hessian_ends_in_its_neighbourhood(problem):
     """The mean finds the optimum; the agents stay apart, at the fixed point of the update."""
     starts, hessians, centres = problem

@@ -89,7 +89,7 @@ def test_evaluating_with_fresh_statistics_leaves_training_alone(uninterrupted, t
         assert float(row["test_accuracy"]) == pytest.approx(test.accuracy())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("opt", ["SGP", "CGA"])
 def test_a_killed_run_resumes_to_an_equal_one(tmp_path, opt):
     (tmp_path / "killed").mkdir()
@@ -177,7 +177,7 @@ def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_pa
     assert not list(home.glob("dimat-*/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -193,7 +193,7 @@ def test_two_launchers_on_two_ports_of_one_machine(uninterrupted, tmp_path):
     equal_runs(expected, folder_of((tmp_path / "log").read_text(), tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterrupted, tmp_path):
     with launched(*torchrun, "--max-restarts=1", program="base_lines.py", arguments=[*RUN, "--opt=CDMSGD"],
@@ -206,7 +206,7 @@ def test_a_killed_agent_stops_the_others_and_a_restarted_group_resumes(uninterru
     equal_runs(uninterrupted, folder_of(log, tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 def test_nobody_waits_for_ever_for_a_stalled_agent(tmp_path):
     arguments = [*START, "--epochs=5000", "--num_epochs=5000", "--timeout=3"]  # in a step, not in an evaluation

@@ -65,7 +65,7 @@ def in_group(processes: int, checkpoints: Path, home: Path, cases: Sequence[str]
     return [torch.load(home / f"process_{r}.pt", weights_only=False) for r in range(processes)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_gives_one_processs_figures_and_sends_no_more_than_it_must(one_process, checkpoints, tmp_path):
     parts = in_group(2, checkpoints, tmp_path, list(CASES))
     home = {i: r for r, part in enumerate(parts) for i in part["agents"]}
@@ -90,7 +90,7 @@ def test_a_group_gives_one_processs_figures_and_sends_no_more_than_it_must(one_p
             assert sum(v for (_, what), v in part["sent"][case].items() if what == "messages") == len(cross)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_local_matching_reads_no_image_of_another_process(one_process, checkpoints, tmp_path):
     cases = ("DIMAT ring local", "DIMAT ring all")
     in_group(2, checkpoints, tmp_path, cases, "poison")
@@ -133,7 +133,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_restarted_group_resumes_by_itself(uninterrupted, tmp_path):
     with launched(*torchrun, "--nproc_per_node=2", "--max-restarts=1", program="main.py", arguments=RUN,
                   home=tmp_path) as launcher:
@@ -147,7 +147,7 @@ def test_a_restarted_group_resumes_by_itself(uninterrupted, tmp_path):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.long
 def test_nobody_waits_longer_than_timeout_for_a_stalled_process(tmp_path):
     with launched(*torchrun, "--nproc_per_node=2", program="main.py", arguments=[*RUN, "--merg_itr=500", "--timeout=3"],
                   home=tmp_path) as launcher:
@@ -241,7 +241,7 @@ def test_workers_give_one_processs_figures(uninterrupted, tmp_path):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("victim", "sent"), [
     ("worker", signal.SIGKILL), ("first", signal.SIGKILL),
     *(pytest.param("first", sent, marks=pytest.mark.long) for sent in (signal.SIGTERM, signal.SIGINT))])
@@ -269,7 +269,7 @@ def same_but_for_what_nobody_knows(one: Path, collected: Path) -> None:
         assert file.read_bytes() == (collected / file.relative_to(one)).read_bytes(), file
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_nobody_failing_agents_on_their_own_give_one_processs_figures(uninterrupted, tmp_path):
     running = process("main", *RUN, "--processes=3", "--timeout=60", cwd=tmp_path)
     printed, _ = running.communicate(timeout=120)
@@ -294,7 +294,7 @@ def wait_for_file(pattern: str, home: Path, seconds: float = 90) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterrupted, tmp_path):
     agents = {i: agent(i, tmp_path, "--timeout=90") for i in range(3)}
     try:
@@ -312,7 +312,7 @@ def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterr
     same_but_for_what_nobody_knows(uninterrupted, run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path):
     agents = {i: agent(i, tmp_path, "--timeout=6", "--merg_itr=6") for i in range(3)}
     try:
@@ -339,7 +339,7 @@ def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path
     assert len(list(csv.DictReader((run / "accuracy_matrix/iteration_0006_merged.csv").open()))) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_who_comes_late_takes_the_others_order_of_units_before_it_gives(tmp_path):
     flags = ("--opt=COMMON", "--merg_itr=3", "--timeout=3", "--match_data=local")
     for together in ((0, 1), (2,)):
@@ -358,7 +358,7 @@ def test_who_comes_late_takes_the_others_order_of_units_before_it_gives(tmp_path
     assert any(float(row["moved"]) > 0 for row in stats[2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whoever_is_missing_models_in_different_orders_are_never_averaged(checkpoints, tmp_path):
     """All agents have the same model in different orders of units, so that every right merge leaves it as it is."""
     copies = tmp_path / "copies"

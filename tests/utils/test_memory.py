@@ -25,6 +25,7 @@ def faults(mode: str) -> int:
     return int(ran.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="the C library is not glibc")
 def test_freed_memory_is_used_again_without_page_faults():
     assert faults("keep") < faults("default") / 4
