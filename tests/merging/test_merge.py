@@ -335,6 +335,8 @@ def test_lent_models_are_not_prepared_again(spec, counted):
     for bn_reset in merging.BN_RESETS:
         whole = merge(models, path, "DIMAT", images(), spec=spec, bn_reset=bn_reset)
         lent = [merging.outgoing(model, model.state_dict(), images(), bn_reset, compared=True) for model in models]
+        own = torch.equal(lent[1]["norm.running_mean"], models[1].norm.running_mean)
+        assert own == (bn_reset not in ("both", "repair"))
         counted.clear()
         parts = merge(lent, path, "DIMAT", images(), model=Net(), spec=spec, bn_reset=bn_reset, lent=True)
         if bn_reset != "repair":
