@@ -8,6 +8,7 @@
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ def merge(
         raise ValueError(f"spec= is a {type(spec).__name__}: pass what derive_spec returns")
 
     wanted = range(len(states)) if agents is None else sorted(agents)
-    if not all(0 <= i < len(states) for i in wanted):
+    if not all(isinstance(i, Integral) and 0 <= i < len(states) for i in wanted):
         raise ValueError(f"agents={list(wanted)}: there are agents 0 to {len(states) - 1}")
     mixing = [i for i in wanted if np.count_nonzero(weights[i]) > 1]
     precisions = {tuple(value.dtype for value in _mixed(state).values()) for state in states if state is not None}

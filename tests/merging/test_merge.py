@@ -401,6 +401,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"models_or_states": broken(lambda s: s.update({"head.bias": torch.full((3,), torch.inf)})), "model": Net()},
          "agent 1's 'head.bias' has NaN or infinite"),
         ({"agents": [7]}, r"agents=\[7\]: there are agents 0 to 1"),
+        ({"agents": [0.5]}, r"agents=\[0\.5\]: there are agents 0 to 1"),
         ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
         ({"model": "resnet20"}, "model= is a str: pass the architecture"),
         ({"spec": {}}, "spec= is a dict: pass what derive_spec returns"),
