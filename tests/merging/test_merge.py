@@ -383,6 +383,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"weights": [[float("nan"), 0.5], [0.5, 0.5]]}, "finite"),
         ({"weights": [[0.5, 0.5], [0.5, 0.4]]}, "row 1 sums to 0.9"),
         ({"matching": Comparison()}, "matching is a Comparison: method='DIMAT' takes a Matching"),
+        ({"method": "x" * 1000}, r"unknown merge method 'x{79}: choose"),
         ({"method": "XYZ"}, "'XYZ': choose from DIMAT, WM, C2M3, WA, COMMON"),
         ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both, repair"),
         ({"batches": None, "bn_reset": "none"}, "method='DIMAT'.*batches is None"),
@@ -404,6 +405,9 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"agents": [0.5]}, r"agents=\[0\.5\]: there are agents 0 to 1"),
         ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
         ({"model": "resnet20"}, "model= is a str: pass the architecture"),
+        ({"weights": torch.eye(2, device="meta")}, "the weights are without values"),
+        ({"batches": [torch.ones(2, 2, 8, 8, device="meta")]}, "the images of a batch are .* without values"),
+        ({"batches": [torch.ones(2, 2, 8, 8).to_sparse()]}, "the images of a batch are sparse"),
         ({"spec": {}}, "spec= is a dict: pass what derive_spec returns"),
         ({"models_or_states": [None, *nets(2)], "weights": [[0, 0.5, 0.5]] * 3, "agents": [1]},
          "agent 0 merges others' models, in the order of its own, which is None"),
@@ -535,6 +539,8 @@ def test_the_result_is_a_sequence_of_models():
     assert len(merged) == 3 and merged[0] is merged.states[0] and merged[1:] == [None, None]
     assert [state is not None for state in merged] == [True, False, False]
     assert {(match.agent, match.neighbour) for match in merged.matches} == {(0, 1)}
+    assert [state is not None for state in merge(models, torch.eye(3), "WM", images(), agents=[True])] == [
+        False, True, False]
 
 
 def test_matches_say_how_well_units_matched_and_how_many_moved():
