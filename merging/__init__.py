@@ -8,6 +8,7 @@
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,9 @@ def merge(
         raise ValueError(f"spec= is a {type(spec).__name__}: pass what derive_spec returns")
 
     wanted = range(len(states)) if agents is None else sorted(agents)
-    if not all(0 <= i < len(states) for i in wanted):
+    if not all(isinstance(i, Integral) and 0 <= i < len(states) for i in wanted):
         raise ValueError(f"agents={list(wanted)}: there are agents 0 to {len(states) - 1}")
+    wanted = [int(i) for i in wanted]  # True would index an array in another way
     mixing = [i for i in wanted if np.count_nonzero(weights[i]) > 1]
     precisions = {tuple(value.dtype for value in _mixed(state).values()) for state in states if state is not None}
     once = bool(mixing) and local_batches is None and all_alike(weights) and len(precisions) == 1 and robust == "none"
@@ -227,7 +229,7 @@ def _way(method: str, matching: Any, bn_reset: str, robust: str, lent: bool) -> 
     for name, value, choices in (("merge method", method, METHODS), ("bn_reset", bn_reset, BN_RESETS),
                                  ("robust", robust, ROBUST)):
         if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+            raise ValueError(f"unknown {name} {value!r:.80}: choose from {', '.join(choices)}")
     way = METHODS[method]
     if way.aligned and not lent:
         raise ValueError(f"method={method!r} averages models that are in one order of units: bring them into one "

@@ -34,6 +34,8 @@ def images_in(batch: Any) -> Tensor:
             raise ValueError(f"a batch is a dict with the keys {', '.join(map(repr, batch))}, none of which is one of "
                              f"{', '.join(map(repr, IMAGE_KEYS))}: name its images so, or pass the images alone")
         images = batch[key]
+    if isinstance(images, Tensor) and (images.is_meta or images.layout != torch.strided):
+        raise ValueError("the images of a batch are sparse or without values: dense tensors of numbers are needed")
     if not isinstance(images, Tensor) or images.ndim == 0:
         found = "a single number" if isinstance(images, Tensor) else f"of type {type(images).__name__}"
         raise ValueError(f"the images of a batch are {found}: a batch is a tensor of images (B, ...), a tuple or list "

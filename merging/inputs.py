@@ -71,6 +71,8 @@ def _check_tensor(name: str, tensor: Any, expected: Any) -> None:
 
 def mixing_matrix(weights: Any, num_agents: int) -> np.ndarray:
     """(N, N), float64; raises ValueError unless its entries are shares and each row sums to 1."""
+    if isinstance(weights, Tensor) and weights.is_meta:
+        raise ValueError("the weights are without values, on the meta device")
     weights = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else weights
     weights = np.asarray(weights, dtype=np.float64)
     if weights.shape != (num_agents, num_agents):

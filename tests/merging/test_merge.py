@@ -335,6 +335,8 @@ def test_lent_models_are_not_prepared_again(spec, counted):
     for bn_reset in merging.BN_RESETS:
         whole = merge(models, path, "DIMAT", images(), spec=spec, bn_reset=bn_reset)
         lent = [merging.outgoing(model, model.state_dict(), images(), bn_reset, compared=True) for model in models]
+        own = torch.equal(lent[1]["norm.running_mean"], models[1].norm.running_mean)
+        assert own == (bn_reset not in ("both", "repair"))
         counted.clear()
         parts = merge(lent, path, "DIMAT", images(), model=Net(), spec=spec, bn_reset=bn_reset, lent=True)
         if bn_reset != "repair":
@@ -381,6 +383,7 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"weights": [[float("nan"), 0.5], [0.5, 0.5]]}, "finite"),
         ({"weights": [[0.5, 0.5], [0.5, 0.4]]}, "row 1 sums to 0.9"),
         ({"matching": Comparison()}, "matching is a Comparison: method='DIMAT' takes a Matching"),
+        ({"method": "x" * 1000}, r"unknown merge method 'x{79}: choose"),
         ({"method": "XYZ"}, "'XYZ': choose from DIMAT, WM, C2M3, WA, COMMON"),
         ({"bn_reset": "sometimes"}, "'sometimes': choose from none, after, both, repair"),
         ({"batches": None, "bn_reset": "none"}, "method='DIMAT'.*batches is None"),
@@ -399,8 +402,12 @@ HALVES = [[0.5, 0.5], [0.4, 0.6]]
         ({"models_or_states": broken(lambda s: s.update({"head.bias": torch.full((3,), torch.inf)})), "model": Net()},
          "agent 1's 'head.bias' has NaN or infinite"),
         ({"agents": [7]}, r"agents=\[7\]: there are agents 0 to 1"),
+        ({"agents": [0.5]}, r"agents=\[0\.5\]: there are agents 0 to 1"),
         ({"models_or_states": ["models.pt", Net()]}, "agent 0's model is a str: pass models or state dicts"),
         ({"model": "resnet20"}, "model= is a str: pass the architecture"),
+        ({"weights": torch.eye(2, device="meta")}, "the weights are without values"),
+        ({"batches": [torch.ones(2, 2, 8, 8, device="meta")]}, "the images of a batch are .* without values"),
+        ({"batches": [torch.ones(2, 2, 8, 8).to_sparse()]}, "the images of a batch are sparse"),
         ({"spec": {}}, "spec= is a dict: pass what derive_spec returns"),
         ({"models_or_states": [None, *nets(2)], "weights": [[0, 0.5, 0.5]] * 3, "agents": [1]},
          "agent 0 merges others' models, in the order of its own, which is None"),
@@ -532,6 +539,8 @@ def test_the_result_is_a_sequence_of_models():
     assert len(merged) == 3 and merged[0] is merged.states[0] and merged[1:] == [None, None]
     assert [state is not None for state in merged] == [True, False, False]
     assert {(match.agent, match.neighbour) for match in merged.matches} == {(0, 1)}
+    assert [state is not None for state in merge(models, torch.eye(3), "WM", images(), agents=[True])] == [
+        False, True, False]
 
 
 def test_matches_say_how_well_units_matched_and_how_many_moved():
