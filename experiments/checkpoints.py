@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.options import MAIN, SHORT, TRAIN, names, silent, usual, variant
 from experiments.parsing import as_typed
-from merging.averaging import State
+from network.wire import State
 from storage.files import level, load_tensors, load_yaml
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.averaging import State
+State = dict[str, Tensor]  # as in merging, which takes longer to import than all that is needed here
 
 WIRES = ("fp32", "bf16", "fp16", "int8")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
