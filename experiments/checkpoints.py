@@ -95,6 +95,8 @@ def plain(state: Any, file: Path) -> State:
         if state and all(key.startswith(prefix) for key in state):
             raise ValueError(f"{file}: all its names begin with {prefix!r}, which {source} puts there: torch.save the "
                              "tensors without it")
+    if odd := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        raise ValueError(f"{file} is not a state dict: {odd!r} is of type {type(state[odd]).__name__}, no tensor")
     return state
 
 
