@@ -42,7 +42,8 @@ WEIGHT = {"conv1.weight": torch.zeros(3), "bn1.num_batches_tracked": torch.tenso
 
 @pytest.mark.parametrize("content,said", [
     ({"epoch": 3, "state_dict": WEIGHT}, "holds one under 'state_dict'"), ([WEIGHT], "not a state dict but a list"),
-    (WEIGHT | {"conv1.weight": "text"}, "'conv1.weight' is of type str"), (WEIGHT | {"epoch": 3}, "'epoch' is of type int"),
+    (WEIGHT | {"conv1.weight": "text"}, "'conv1.weight' is of type str"),
+    (WEIGHT | {"epoch": 3}, "'epoch' is of type int"),
     ({f"module.{key}": value for key, value in WEIGHT.items()}, "DataParallel"),
     ({f"_orig_mod.{key}": value for key, value in WEIGHT.items()}, "torch.compile"),
 ])
