@@ -54,7 +54,7 @@ def test_every_third_party_import_is_required():
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("make is not installed")
 
