@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from agents.mixing import MixingAgents
-from agents.run import Phase, carry_out, first_agents, first_models, open_run, say_finished
+from agents.mixing import MixingAgents, MixSettings
+from agents.run import Phase, carry_out, first_agents, first_models, say_finished
 from experiments.options import base_lines_parser
 from experiments.parsing import parse_once, pick_device
 from experiments.scripts import run_script
+from experiments.settle import open_run
 from experiments.steps import finished, settle, the_run
 from network.processes import Network, connect, is_launched, leave, local_device, rank
 from network.workers import follow_parent
@@ -34,7 +35,8 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
 
     def prepare() -> tuple[dict, MixingAgents]:
         ckp, made_with, loaded, topology = settle(o, network.agents)
-        return made_with, MixingAgents(o, topology, network, *first_agents(o, network, device, ckp, loaded))
+        return made_with, MixingAgents(MixSettings.of(vars(o)), topology, network,
+                                       *first_agents(vars(o), network, device, ckp, loaded))
 
     made_with, agents = network.agree(prepare)
     path, config, matter = the_run(o, made_with, agents.topology)

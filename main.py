@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
-from agents.merging import MergingAgents
-from agents.processes import name_for_others, number_of_workers, run_agents, settle_processes
-from agents.run import Phase, carry_out, first_agents, first_models, open_run, say_finished
+from agents.merging import MergeSettings, MergingAgents
+from agents.run import Phase, carry_out, first_agents, first_models, say_finished
 from experiments.merges import finished, the_run, topology_to_merge_over
 from experiments.options import main_parser
 from experiments.parsing import parse_once, pick_device
+from experiments.processes import name_for_others, number_of_workers, run_agents, settle_processes
 from experiments.scripts import run_script
-from experiments.settle import settle_options
-from merging import METHODS
+from experiments.settle import open_run, settle_options
 from network.folder import SharedFolder, read_key
 from network.processes import Network, connect, is_launched, leave, local_device, rank
 from network.workers import follow_parent, is_sibling, with_workers
@@ -40,8 +39,9 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
     def prepare() -> tuple[dict, MergingAgents]:
         ckp, made_with, loaded = settle_options(o, network.agents)
         topology = topology_to_merge_over(o)
-        reads_others = o.opt in METHODS and o.match_data == "all"  # agents alone have no method
-        agents = MergingAgents(o, topology, network, *first_agents(o, network, device, ckp, loaded, reads_others))
+        settings = MergeSettings.of(vars(o))
+        agents = MergingAgents(settings, topology, network, *first_agents(
+            vars(o), network, device, ckp, loaded, settings.reads_others))
         agents.spec  # noqa: B018 - a model that can't be permuted at all is an error now, not after hours
         return made_with, agents
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from agents import partial
-from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_model
+from agents.local import DataSettings, LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from experiments.checkpoints import check_state, checkpoint_folder
 from experiments.options import train_parser
 from experiments.parsing import parse, pick_device
@@ -29,7 +29,8 @@ from utils.seeds import generator
 def train_agent(o: Namespace, trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
     """All epochs of one agent, from its last finished one on; leaves it in the trainer's model."""
     file = folder / f"partial_{agent}.pt"
-    initial = new_model(o, trainer.dataset, generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed())
+    seed = generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed()
+    initial = new_model(ModelSettings.of(vars(o)), trainer.dataset, seed)
     trainer.model.load_state_dict(initial.state_dict())
     optimizer, scaler = trainer.fresh_optimizer()
     if done := partial.take_up(file, o.epochs, trainer.model, optimizer, scaler):
@@ -75,12 +76,12 @@ def run(o: Namespace, command: str) -> Path:
         return done
     fill_defaults(o)
     device = pick_device(o.device)
-    dataset, parts, _ = load_agents_data(o, device)
-    template = new_model(o, dataset, seed=0)
+    dataset, parts, _ = load_agents_data(DataSettings.of(vars(o)), device)
+    template = new_model(ModelSettings.of(vars(o)), dataset, seed=0)
     folder = checkpoint_folder(vars(o))
     with claim(folder):
         prepare_folder(o, folder, command)
-        train_agents(o, LocalTrainer(template, dataset, TrainSettings.of(o), device), parts, folder)
+        train_agents(o, LocalTrainer(template, dataset, TrainSettings.of(vars(o)), device), parts, folder)
     return folder
 
 

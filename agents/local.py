@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,36 +16,38 @@ from models import build_model, training
 from utils.memory import memory_format
 from utils.progress import progress
 from utils.seeds import generator
+from utils.settings import FromOptions
 
 EVAL_BATCH = 500
 
 
-def load_agents_data(o: Namespace, device: torch.device,
-                     only: Collection[int] | None = None) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
-    """The data set on `device` and the indices of every agent's training and test images.
+@dataclass(frozen=True)
+class DataSettings(FromOptions):
+    """Which images there are, and how they are dealt to the agents."""
 
-    only: agents besides whose training images none is kept (the others have no indices then).
-    """
-    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout, o.test_samples)
-    seed = o.seed if o.partition_seed is None else o.partition_seed
-    train_parts, test_parts = make_partition(
-        o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
-        num_classes=dataset.num_classes, alpha=o.alpha or 0.5, seed=seed, phase=o.phase)
-    if only is not None and len(only) < o.num_models:
-        kept = np.sort(np.concatenate([train_parts[i] for i in only]))
-        dataset = dataset.with_only(kept)
-        train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
-    return dataset.to(device), train_parts, test_parts
-
-
-def new_model(o: Namespace, dataset: Dataset, seed: int | None = None) -> nn.Module:
-    return build_model(o.model, dataset.num_classes, in_channels=dataset.in_channels,
-                       image_size=dataset.image_size, width_multiplier=o.width_multiplier, seed=seed)
+    dataset: str
+    data_dir: str
+    imgntdir: str | None
+    train_samples: int
+    test_samples: int
+    holdout: int
+    data_dist: str
+    num_models: int
+    alpha: float | None
+    phase: str
+    partition_seed: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How agents train on their own, as the options of the same names say it."""
+class ModelSettings(FromOptions):
+    model: str
+    width_multiplier: int
+
+
+@dataclass(frozen=True)
+class TrainSettings(FromOptions):
+    """How agents train on their own."""
 
     optim: str
     lr: float
@@ -57,9 +58,28 @@ class TrainSettings:
     compile: bool
     seed: int
 
-    @classmethod
-    def of(cls, o: Namespace) -> TrainSettings:
-        return cls(**{field.name: getattr(o, field.name) for field in fields(cls)})
+
+def load_agents_data(s: DataSettings, device: torch.device,
+                     only: Collection[int] | None = None) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """The data set on `device` and the indices of every agent's training and test images.
+
+    only: agents besides whose training images none is kept (the others have no indices then).
+    """
+    dataset = load_dataset(s.dataset, s.data_dir, s.imgntdir, s.train_samples, s.holdout, s.test_samples)
+    seed = s.seed if s.partition_seed is None else s.partition_seed
+    train_parts, test_parts = make_partition(
+        s.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), s.num_models,
+        num_classes=dataset.num_classes, alpha=s.alpha or 0.5, seed=seed, phase=s.phase)
+    if only is not None and len(only) < s.num_models:
+        kept = np.sort(np.concatenate([train_parts[i] for i in only]))
+        dataset = dataset.with_only(kept)
+        train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
+    return dataset.to(device), train_parts, test_parts
+
+
+def new_model(s: ModelSettings, dataset: Dataset, seed: int | None = None) -> nn.Module:
+    return build_model(s.model, dataset.num_classes, in_channels=dataset.in_channels,
+                       image_size=dataset.image_size, width_multiplier=s.width_multiplier, seed=seed)
 
 
 class LocalTrainer:

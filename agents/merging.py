@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from agents.alignment import Alignment
-from agents.local import LocalTrainer, new_model
+from agents.local import LocalTrainer
 from agents.run import Agents
 from data.batches import Batches
 from data.datasets import some_images
@@ -30,6 +30,59 @@ from network.processes import Network, taken
 from network.topology import Topology
 from utils.progress import progress, say
 from utils.seeds import generator
+from utils.settings import FromOptions
+
+
+@dataclass(frozen=True)
+class MergeSettings(FromOptions):
+    """What agents do in an iteration, and `of_method`: the options that a merge method may have, by its names."""
+
+    opt: str
+    epochs: int
+    batch_size: int
+    match_data: str
+    match_samples: int
+    match_augment: bool
+    match_at: str
+    match_prior: str
+    match_memory: float
+    root: int | None
+    bn_reset: str
+    robust: str
+    max_distance: float
+    wire: str
+    link_failure: float
+    agent_failure: float
+    seed: int
+    of_method: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> MergeSettings:
+        """A method's option NAME is --match_NAME."""
+        return super().of({**options, "of_method": {name.removeprefix("match_"): value
+                                                    for name, value in options.items()}})
+
+    @property
+    def method(self) -> Method | None:
+        """How models are merged; None: agents stay alone."""
+        return METHODS.get(self.opt)
+
+    @property
+    def reads_others(self) -> bool:
+        """Whether an agent reads images of others."""
+        return self.method is not None and self.match_data == "all"
+
+    @property
+    def matching(self) -> Matching:
+        """How models are compared by their activations."""
+        return Matching(at=self.match_at, memory=int(self.match_memory * 2**30), prior=self.match_prior)
+
+    @property
+    def options_of_method(self) -> Any:
+        """None where nothing can be set."""
+        values = {**self.of_method, **asdict(self.matching)}
+        return self.method.options and self.method.options(
+            **{name: values[name] for name in self.method.option_names if name in values})
 
 
 @dataclass
@@ -40,7 +93,7 @@ class MergingAgents(Agents):
     samples, steps: agents here -> how many they have trained with.
     """
 
-    o: Namespace
+    settings: MergeSettings
     topology: Topology
     network: Network
     trainer: LocalTrainer
@@ -56,9 +109,12 @@ class MergingAgents(Agents):
     # What it goes by
 
     @property
+    def num_agents(self) -> int:
+        return self.topology.num_agents
+
+    @property
     def method(self) -> Method | None:
-        """How models are merged; None: agents stay alone."""
-        return METHODS.get(self.o.opt)
+        return self.settings.method
 
     @cached_property
     def spec(self) -> PermutationSpec | None:
@@ -67,27 +123,16 @@ class MergingAgents(Agents):
             return None
         dataset = self.trainer.dataset
         example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
-        return derive_spec(new_model(self.o, dataset), example)
+        model = copy.deepcopy(self.trainer.model).to("cpu", memory_format=torch.contiguous_format)
+        return derive_spec(model, example)
 
     @cached_property
     def alignment(self) -> Alignment | None:
         """For the method whose agents align themselves before they merge."""
         if not (self.method and self.method.aligned):
             return None
-        return Alignment(CommonBasis(self.weights, self.o.num_models, self.o.root), self.network, self.states,
-                         self.spec, self.trainer.model, self.matching)
-
-    @property
-    def matching(self) -> Matching:
-        """How the agents here compare models by their activations."""
-        return Matching(at=self.o.match_at, memory=int(self.o.match_memory * 2**30), prior=self.o.match_prior)
-
-    @property
-    def options_of_method(self) -> Any:
-        """What is set of the merge method: its option NAME is --match_NAME. None where nothing can be."""
-        values = {name.removeprefix("match_"): value for name, value in vars(self.o).items()} | asdict(self.matching)
-        return self.method.options and self.method.options(
-            **{name: values[name] for name in self.method.option_names if name in values})
+        return Alignment(CommonBasis(self.weights, self.num_agents, self.settings.root), self.network, self.states,
+                         self.spec, self.trainer.model, self.settings.matching)
 
     @property
     def compares_activations(self) -> bool:
@@ -95,18 +140,18 @@ class MergingAgents(Agents):
 
     @cached_property
     def faults(self) -> Faults:
-        return Faults(self.o.link_failure, self.o.agent_failure, self.o.seed)
+        return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)
 
     def up(self, iteration: int) -> list[int]:
         """The agents of this process that take part in an iteration."""
-        up = self.faults.agents(iteration, self.o.num_models)
+        up = self.faults.agents(iteration, self.num_agents)
         return [i for i in self.states if up[i]]
 
     def weights(self, iteration: int) -> np.ndarray:
         """(N, N): the mixing matrix of iteration 1, 2, ..., without what fails in it."""
         if self.method is None:
-            return np.eye(self.o.num_models)
-        return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.o.num_models))
+            return np.eye(self.num_agents)
+        return surviving(self.topology.weights(iteration - 1), self.faults.links(iteration, self.num_agents))
 
     def neighbours(self) -> list[int]:
         """With whom the agents here ever exchange models."""
@@ -115,11 +160,11 @@ class MergingAgents(Agents):
 
     def matching_batches(self, agent: int | None, iteration: int) -> Batches:
         """What matching and BatchNorm re-estimation read in an iteration: an agent's images, or (None) all agents'."""
-        o, dataset = self.o, self.trainer.dataset
-        indices = some_images(dataset.train, self.train_parts, agent, o.match_samples,
-                              generator(o.seed, agent or 0, iteration, "sample"))
-        return Batches(dataset, dataset.train, indices, o.batch_size, shuffle=True, augment=o.match_augment,
-                       make_generator=lambda: generator(o.seed, agent or 0, iteration, "match"))
+        s, dataset = self.settings, self.trainer.dataset
+        indices = some_images(dataset.train, self.train_parts, agent, s.match_samples,
+                              generator(s.seed, agent or 0, iteration, "sample"))
+        return Batches(dataset, dataset.train, indices, s.batch_size, shuffle=True, augment=s.match_augment,
+                       make_generator=lambda: generator(s.seed, agent or 0, iteration, "match"))
 
     # Merging
 
@@ -134,13 +179,13 @@ class MergingAgents(Agents):
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
-        shared = self.matching_batches(None, iteration) if self.o.match_data == "all" else None
+        shared = self.matching_batches(None, iteration) if self.settings.match_data == "all" else None
         images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
         matched: list[dict] = []
         merged_with = dict.fromkeys(self.states, "")
         try:
             models = self.exchange(iteration, weights, images)
-            weights = without(weights, [j for j in range(self.o.num_models) if j not in models])
+            weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged, matched = self.merged(merging, models, weights, images, shared)
             self.states |= merged
@@ -159,29 +204,29 @@ class MergingAgents(Agents):
     def merged(self, agents: Sequence[int], models: Mapping[int, State], weights: np.ndarray,
                images: Mapping[int, Batches], shared: Batches | None) -> tuple[dict[int, State], list[dict]]:
         """The merged models of these agents, and a row for all that was matched."""
-        o, num_agents = self.o, range(self.o.num_models)
+        s, num_agents = self.settings, range(self.num_agents)
         data = {"local_batches": [images.get(i) for i in num_agents]} if shared is None else {"batches": shared}
-        merged = merge([models.get(i) for i in num_agents], weights, method=o.opt, model=self.trainer.model,
-                       spec=self.spec, matching=self.options_of_method, bn_reset=o.bn_reset, robust=o.robust,
+        merged = merge([models.get(i) for i in num_agents], weights, method=s.opt, model=self.trainer.model,
+                       spec=self.spec, matching=self.settings.options_of_method, bn_reset=s.bn_reset, robust=s.robust,
                        agents=agents, lent=True, **data)
         return {i: merged.states[i] for i in agents}, [asdict(match) for match in merged.matches]
 
     def stay_alone(self, iteration: int) -> dict[int, dict[str, Any]]:
         """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
-        for i in self.up(iteration) if self.o.bn_reset != "none" else ():
+        for i in self.up(iteration) if self.settings.bn_reset != "none" else ():
             self.states[i] = reestimate(self.trainer.model, self.states[i], self.matching_batches(i, iteration))
         return {i: {"merged_with": "", "matched": []} for i in self.states}
 
     def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches]) -> dict[int, State]:
         """The models that the agents here merge in this iteration, their own too."""
-        o, everybody = self.o, range(self.o.num_models)
+        s, everybody = self.settings, range(self.num_agents)
         aligns = self.alignment is not None and bool(self.alignment.turns(iteration).towards)
-        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], o.bn_reset,
+        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], s.bn_reset,
                             compared=aligns or self.method.reads_images) for i in images}
 
         def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
             arrived = self.network.share(iteration, {i: lent[i] for i in lent if i in lenders},
-                                         np.where(np.isin(everybody, lenders), weights, 0), o.wire,
+                                         np.where(np.isin(everybody, lenders), weights, 0), s.wire,
                                          like=self.trainer.model.state_dict(), turn=turn)
             return self.plausible(iteration, arrived, lent, images) if self.network.may_miss else arrived
 
@@ -200,7 +245,7 @@ class MergingAgents(Agents):
         return models
 
     def flaw(self, own: State, other: State, images: Batches) -> str:
-        most, names = self.o.max_distance, [name for name, _ in self.trainer.model.named_parameters()]
+        most, names = self.settings.max_distance, [name for name, _ in self.trainer.model.named_parameters()]
         if most and not (apart := least_distance(own, other, names)) <= most:
             return f"is {apart:.3g} times the norm of its own away (--max_distance {most:g})"
         if self.compares_activations and not self.has_finite_features(other, images):
@@ -210,7 +255,7 @@ class MergingAgents(Agents):
     def has_finite_features(self, state: State, images: Batches) -> bool:
         """Whether what matching reads of a model on the first batch has finite squares."""
         first = next(images_of(images, self.trainer.device, "a look at the models"))
-        reads = FeatureReader(self.trainer.model, self.spec, self.o.match_at, self.trainer.device)(state, first)
+        reads = FeatureReader(self.trainer.model, self.spec, self.settings.match_at, self.trainer.device)(state, first)
         return all(bool(read.float().square().sum().isfinite()) for group in reads.values() for read in group)
 
     # Training
@@ -222,7 +267,7 @@ class MergingAgents(Agents):
             self.trainer.model.load_state_dict(self.states[i])
             optimizer, scaler = self.trainer.fresh_optimizer()
             last = training.EpochStats(math.nan, math.nan, 0, 0)
-            for epoch in range(1, self.o.epochs + 1):
+            for epoch in range(1, self.settings.epochs + 1):
                 try:
                     last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"),
                                               optimizer, scaler)
@@ -271,5 +316,5 @@ class MergingAgents(Agents):
             return super().notes()
         name, reason = next(iter(self.spec.stuck.items()))
         return [*super().notes(),
-                f"{self.o.opt} averages the units of {len(self.spec.stuck)} layers as they are, because they can't be "
-                f"permuted: {name} ({reason}){', ...' if len(self.spec.stuck) > 1 else ''}"]
+                f"{self.settings.opt} averages the units of {len(self.spec.stuck)} layers as they are, because they "
+                f"can't be permuted: {name} ({reason}){', ...' if len(self.spec.stuck) > 1 else ''}"]

@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 import math
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,27 @@ from network.topology import Topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from utils.progress import progress
 from utils.seeds import generator
+from utils.settings import FromOptions
+
+
+@dataclass(frozen=True)
+class MixSettings(FromOptions):
+    """What agents do in a step, and how they are evaluated."""
+
+    opt: str
+    lr: float
+    lr_decay: float
+    momentum: float | None
+    cga_form: str | None
+    cga_scope: str | None
+    weight_decay: float
+    batch_size: int
+    mix_buffers: bool
+    eval_bn: str
+    bn_samples: int
+    amp: str
+    compile: bool
+    seed: int
 
 
 @dataclass
@@ -35,7 +55,7 @@ class MixingAgents(Agents):
     train_parts, test_parts: of all agents; states: the first models of those that are here.
     """
 
-    o: Namespace
+    settings: MixSettings
     topology: Topology
     network: Network
     trainer: LocalTrainer  # evaluates
@@ -47,15 +67,15 @@ class MixingAgents(Agents):
 
     def train(self, epoch: int) -> dict[int, dict[str, training.EpochStats]]:
         """One epoch, 1 the first: as many steps for each agent."""
-        o, baseline = self.o, BASELINES[self.o.opt]
-        settings = Settings(o.lr * o.lr_decay ** (epoch - 1), o.momentum or 0.0, o.cga_form, o.cga_scope)
+        s, baseline = self.settings, BASELINES[self.settings.opt]
+        told = Settings(s.lr * s.lr_decay ** (epoch - 1), s.momentum or 0.0, s.cga_form, s.cga_scope)
         for agent in self.agents.values():
             agent.forget_stats()
-        steps = steps_of_an_epoch(self.train_parts, o.batch_size)
+        steps = steps_of_an_epoch(self.train_parts, s.batch_size)
         for _ in progress(range(steps), f"epoch {epoch}", total=steps, unit="step"):
             pi = self.topology.weights(self.step)
             hoods = {i: neighbourhood(pi, i) for i in self.agents}
-            take_step(baseline, self.agents, hoods, settings, self.network)
+            take_step(baseline, self.agents, hoods, told, self.network)
             self.step += 1
         try:
             return {i: {"stats": agent.stats()} for i, agent in self.agents.items()}
@@ -65,15 +85,15 @@ class MixingAgents(Agents):
 
     def as_evaluated(self, i: int, state: State, iteration: int) -> State:
         """Agent i's model with the BatchNorm statistics of --eval_bn; all other tensors are those of `state`."""
-        o, dataset = self.o, self.trainer.dataset
-        if o.eval_bn == "running":
+        s, dataset = self.settings, self.trainer.dataset
+        if s.eval_bn == "running":
             return state
-        agent = i if o.eval_bn == "local" else None
-        indices = some_images(dataset.train, self.train_parts, agent, o.bn_samples,
-                              generator(o.seed, agent or 0, iteration, "sample"))
+        agent = i if s.eval_bn == "local" else None
+        indices = some_images(dataset.train, self.train_parts, agent, s.bn_samples,
+                              generator(s.seed, agent or 0, iteration, "sample"))
         return reestimate(self.trainer.model, state, Batches(
-            dataset, dataset.train, indices, o.batch_size, shuffle=True,
-            make_generator=lambda: generator(o.seed, agent or 0, iteration, "BatchNorm")))
+            dataset, dataset.train, indices, s.batch_size, shuffle=True,
+            make_generator=lambda: generator(s.seed, agent or 0, iteration, "BatchNorm")))
 
     # As a run sees them
 
@@ -91,10 +111,10 @@ class MixingAgents(Agents):
         return mine
 
     def take_up(self, shares: Mapping[int, Mapping[str, Any] | None]) -> None:
-        o, trainer = self.o, self.trainer
+        s, trainer = self.settings, self.trainer
 
         def flat_model() -> FlatModel:
-            return FlatModel(copy.deepcopy(trainer.model), torch.compile if o.compile else lambda module: module)
+            return FlatModel(copy.deepcopy(trainer.model), torch.compile if s.compile else lambda module: module)
 
         scratch = functools.cache(flat_model)  # one for all of them
         for i, share in shares.items():
@@ -104,8 +124,8 @@ class MixingAgents(Agents):
             flat.module.load_state_dict(share["states"] if share else self.states[i])
             batches = batch_stream(trainer.settings, trainer.dataset, self.train_parts[i], i,
                                    share["steps"] if share else 0)
-            agent = Agent(i, flat, batches, amp=o.amp, mix_buffers=o.mix_buffers, weight_decay=o.weight_decay,
-                          seed=o.seed, scratch=scratch)
+            agent = Agent(i, flat, batches, amp=s.amp, mix_buffers=s.mix_buffers, weight_decay=s.weight_decay,
+                          seed=s.seed, scratch=scratch)
             if share:
                 agent.memory = {k: t.to(trainer.device) for k, t in share.get("memory", {}).items()}
                 lengths = (len(flat.gradient), len(agent.shared) + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.local import LocalTrainer, TrainSettings, load_agents_data, new_model
+from agents.local import DataSettings, LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
+from data.datasets import Dataset
 from experiments.checkpoints import State, check_state, digest, digest_of_all
-from experiments.run_folder import METRICS, RunFolder, circumstances, consensus_distance, record_agents
-from experiments.settle import without_say
+from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
-from network.processes import Network, is_launched, is_restart, launch
+from network.processes import Network
 from network.topology import Topology
-from storage.files import load_yaml
 from utils.progress import progress
 from utils.seeds import generator
+from utils.settings import FromOptions
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Phase:
 class Agents(ABC):
     """The agents of one process, as a run sees them."""
 
-    o: Namespace
     network: Network
     topology: Topology
     trainer: LocalTrainer
@@ -68,9 +66,9 @@ class Agents(ABC):
 
     def notes(self) -> list[str]:
         """What is unusual about this run."""
-        if self.topology.is_connected or self.o.topology == "disconnected":
+        if self.topology.is_connected or self.topology.name == "disconnected":
             return []
-        return [f"--topology {self.o.topology} is not connected: its parts never hear of each other"]
+        return [f"the topology {self.topology.name} is not connected: its parts never hear of each other"]
 
 
 Algorithm = Callable[[Phase, Iterator[int]], Iterator[Phase]]
@@ -194,41 +192,44 @@ def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | Non
 # How it starts
 
 
-def first_agents(o: Namespace, network: Network, device: torch.device, ckp: Path | None, loaded: dict[int, State],
-                 all_images: bool = True) -> tuple[LocalTrainer, list[np.ndarray], list[np.ndarray], dict[int, State]]:
+@dataclass(frozen=True)
+class FirstModels(FromOptions):
+    """What the agents begin with: the `loaded` checkpoints of folder `ckp`, or random models, equal or different."""
+
+    randominit: bool
+    diffinit: bool
+    seed: int
+    ckp: Path | None = None
+    loaded: Mapping[int, State] = field(default_factory=dict)
+
+    def make(self, model: ModelSettings, dataset: Dataset, agents: Collection[int]) -> dict[int, State]:
+        """These agents' models. Raises ValueError for a checkpoint of another architecture."""
+        template = new_model(model, dataset, seed=0).state_dict()
+        if self.randominit:
+            seeds = {i: generator(self.seed, i if self.diffinit else 0, 0, "init").initial_seed() for i in agents}
+            return {i: new_model(model, dataset, seed).state_dict() for i, seed in seeds.items()}
+        for i, state in self.loaded.items():
+            check_state(state, template, str(self.ckp / f"model_{i}.pth"))
+        return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()}
+                for i, state in self.loaded.items()}
+
+
+def first_agents(options: Mapping[str, Any], network: Network, device: torch.device, ckp: Path | None,
+                 loaded: Mapping[int, State], all_images: bool = True
+                 ) -> tuple[LocalTrainer, list[np.ndarray], list[np.ndarray], dict[int, State]]:
     """Who trains and evaluates, all agents' training and test images, and the first models of those that are here.
 
     all_images: whether other agents' training images are kept too.
     """
-    dataset, train_parts, test_parts = load_agents_data(o, device, None if all_images else network.agents)
-    states = {i: {k: t.to(device) for k, t in state.items()}
-              for i, state in initial_states(o, dataset, ckp, loaded, network.agents).items()}
-    return LocalTrainer(new_model(o, dataset), dataset, TrainSettings.of(o), device), train_parts, test_parts, states
-
-
-def initial_states(o: Namespace, dataset, ckp: Path | None, loaded: dict[int, State],
-                   agents: Collection[int]) -> dict[int, State]:
-    """These agents' first models: the loaded checkpoints, checked, or random ones."""
-    template = new_model(o, dataset, seed=0).state_dict()
-    if o.randominit:
-        seeds = {i: generator(o.seed, i if o.diffinit else 0, 0, "init").initial_seed() for i in agents}
-        return {i: new_model(o, dataset, seed).state_dict() for i, seed in seeds.items()}
-    for i, state in loaded.items():
-        check_state(state, template, str(ckp / f"model_{i}.pth"))
-    return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()} for i, state in loaded.items()}
+    model = ModelSettings.of(options)
+    dataset, train_parts, test_parts = load_agents_data(DataSettings.of(options), device,
+                                                        None if all_images else network.agents)
+    first = FirstModels.of({**options, "ckp": ckp, "loaded": loaded}).make(model, dataset, network.agents)
+    states = {i: {k: t.to(device) for k, t in state.items()} for i, state in first.items()}
+    trainer = LocalTrainer(new_model(model, dataset), dataset, TrainSettings.of(options), device)
+    return trainer, train_parts, test_parts, states
 
 
 def first_models(network: Network, states: Mapping[int, State]) -> str:
     """At the writer, a short name for what all agents begin with."""
     return digest_of_all(network.gather({i: digest(state) for i, state in states.items()}))
-
-
-def open_run(o: Namespace, network: Network, command: str, path: Path, config: dict, matter: dict,
-             start: int = 0) -> RunFolder | None:
-    """The run folder, at the writer. A group that its launcher has started again continues by itself."""
-    if not network.is_writer:
-        return None
-    config |= circumstances(command) | {"launch": launch() if is_launched() else None}
-    goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
-    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on, start=start,
-                     overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)

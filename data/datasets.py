@@ -81,11 +81,15 @@ class Dataset:
 DATASETS: dict[str, Callable[[Path, Path | None, bool], Dataset]] = {}
 
 
-def register_dataset(name: str) -> Callable:
-    """Enter a loader (data_dir, imgntdir, download) -> Dataset in `DATASETS`."""
+READ_NO_FOLDER: set[str] = set()
+
+
+def register_dataset(name: str, *, folder: bool = True) -> Callable:
+    """Enter a loader (data_dir, imgntdir, download) -> Dataset in `DATASETS`. folder: it reads `imgntdir`."""
 
     def enter(loader: Callable[[Path, Path | None, bool], Dataset]) -> Callable:
         DATASETS[name] = loader
+        (READ_NO_FOLDER.discard if folder else READ_NO_FOLDER.add)(name)
         return loader
 
     return enter
@@ -297,7 +301,7 @@ def _impatient(seconds: float = 30) -> Iterator[None]:
 # ---- the data sets -------------------------------------------------------------------------------
 
 
-@register_dataset("digits")
+@register_dataset("digits", folder=False)
 def digits(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey; every fifth of each class is a test image."""
     pixels, classes = _sklearn_digits()
@@ -395,21 +399,21 @@ def _cifar_arrays(name: str, data_dir: Path, download: bool) -> Arrays:
     return _torchvision_arrays(name, kind, data_dir, download, data_dir / kind.base_folder, files, archive)
 
 
-@register_dataset("mnist")
+@register_dataset("mnist", folder=False)
 def mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """70,000 handwritten digits, 28x28 grey."""
     parts = _image_sets(_mnist_arrays("mnist", data_dir, download))
     return Dataset("mnist", **parts, num_classes=10, mean=(0.1307,), std=(0.3081,), flip=False, padding=2)
 
 
-@register_dataset("fashion_mnist")
+@register_dataset("fashion_mnist", folder=False)
 def fashion_mnist(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """70,000 pieces of clothing, 28x28 grey."""
     parts = _image_sets(_mnist_arrays("fashion_mnist", data_dir, download))
     return Dataset("fashion_mnist", **parts, num_classes=10, mean=(0.2860,), std=(0.3530,), flip=True, padding=2)
 
 
-@register_dataset("cifar10")
+@register_dataset("cifar10", folder=False)
 def cifar10(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """60,000 images of 10 classes, 32x32 RGB."""
     parts = _image_sets(_cifar_arrays("cifar10", data_dir, download))
@@ -417,7 +421,7 @@ def cifar10(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     return Dataset("cifar10", **parts, num_classes=10, mean=mean, std=std, flip=True, padding=4)
 
 
-@register_dataset("cifar100")
+@register_dataset("cifar100", folder=False)
 def cifar100(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
     """60,000 images of 100 classes, 32x32 RGB."""
     parts = _image_sets(_cifar_arrays("cifar100", data_dir, download))

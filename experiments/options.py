@@ -47,8 +47,9 @@ class Option:
     default never makes an old folder mean something else. NEVER: the path never says it.
     free: may differ between the sittings of one run; inherited: a run has it from its checkpoints, and where these
     don't say, it is `otherwise`; handed_on: a sweep gives it to the runs of a pre-training, too; matters: whether it
-    has a say, by the other options; short: its name in paths; derived: nobody gives it
-    (any more), it follows from others.
+    has a say, by the other options; short: its name in paths; derived: nobody gives it (any more), it follows from
+    others; read: tables and pictures need it of every run ("always"), or of those that say it ("where said");
+    elsewhere: a picture tells it by a run's place, by its line or by another option; rare: only `--help all` shows it.
     """
 
     name: str
@@ -67,11 +68,25 @@ class Option:
     matters: Callable[[Settings], bool] = lambda o: True
     short: str = ""
     derived: bool = False
+    read: str = ""
+    elsewhere: bool = False
+    rare: bool = False
 
     def of(self, field: str, script: str) -> Any:
         """`kind`, `default`, ... in a script."""
         value = getattr(self, field)
         return value[script] if isinstance(value, dict) else value
+
+    def could_be(self, value: Any, script: str) -> bool:
+        """Whether a config.yaml can say so, by its type and range; names may be of what isn't registered any more."""
+        parse = self.of("kind", script)
+        kind = bool if parse is boolean else getattr(parse, "kind", str)
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            return False
+        try:
+            return kind not in (int, float) or parse(str(value)) == value
+        except argparse.ArgumentTypeError:
+            return False
 
 
 # When an option has a say. `o` may lack what is younger than a run.
@@ -104,7 +119,8 @@ def reads_images(o: Settings) -> bool:
 
 
 def weighs_units(o: Settings) -> bool:
-    return aligns(o) or o["opt"] == "DIMAT"
+    way = method(o)
+    return aligns(o) or (way is not None and "prior" in way.option_names)
 
 
 def trains(o: Settings) -> bool:
@@ -166,12 +182,13 @@ WAITS = {MAIN: "how long to wait for a neighbour, whose local epochs may take so
 OPTIONS = (
     Option("width_multiplier", "model", "width of resnet20 and vgg16; 8 is the paper's", number(int, 1, 10**6),
            metavar="W", usual=8, inherited=True, otherwise="8", handed_on=True, short="width"),
-    Option("dataset", "data", "data set", OneOf(lambda: sorted(DATASETS)), "digits", flags=("data",), handed_on=True),
+    Option("dataset", "data", "data set", OneOf(lambda: sorted(DATASETS)), "digits", flags=("data",), handed_on=True,
+           read="always", elsewhere=True),
     Option("num_models", "data", {TRAIN: "number of agents"} | dict.fromkeys(
         RUNS, "number of agents; in a group that torchrun launches, as many as processes"),
-           number(int, 1, MOST_AGENTS), 5, metavar="N", handed_on=True),
+           number(int, 1, MOST_AGENTS), 5, metavar="N", handed_on=True, read="always", elsewhere=True),
     Option("data_dist", "data", "how the data is dealt to the agents", OneOf(lambda: list(PARTITIONS)), inherited=True,
-           otherwise="iid", handed_on=True),
+           otherwise="iid", handed_on=True, read="always", elsewhere=True),
     Option("train_samples", "data", "use only a class-balanced slice of the training images; 0 = all", COUNT, usual=0,
            inherited=True, otherwise="0", handed_on=True),
     Option("test_samples", "data", "evaluate on a class-balanced slice of the test images only; 0 = all", COUNT, 0,
@@ -179,20 +196,22 @@ OPTIONS = (
     Option("holdout", "data", "keep N training images from training and evaluate on them instead of the test set, to "
            "choose settings by", COUNT, metavar="N", usual=0, inherited=True, otherwise="0", handed_on=True),
     Option("alpha", "data", "concentration of --data_dist=dirichlet; small = each agent has few classes", POSITIVE,
-           usual=None, inherited=True, otherwise="0.5", handed_on=True),
+           usual=None, inherited=True, otherwise="0.5", handed_on=True, read="where said", elsewhere=True),
     Option("partition_seed", "data", "seed of the partition", COUNT, usual=None, inherited=True,
-           otherwise="the run's seed", matters=deals_by_another_seed),
+           otherwise="the run's seed", matters=deals_by_another_seed, rare=True),
     Option("phase", "data", "which half of the data --data_dist=non-iid-PF deals", ["pretrain", "finetune"],
-           {TRAIN: "pretrain"} | dict.fromkeys(RUNS, "finetune"), usual=None, matters=deals_halves),
+           {TRAIN: "pretrain"} | dict.fromkeys(RUNS, "finetune"), usual=None, matters=deals_halves, rare=True),
     Option("data_dir", "data", "where the data sets are", path, "datasets", metavar="DIR", free=True, handed_on=True),
     Option("imgntdir", "data", "a folder in Tiny ImageNet's layout", path, metavar="DIR", usual="tiny-imagenet-200",
-           free=True, handed_on=True),
+           free=True, handed_on=True, rare=True),
     Option("model", "model", f"architecture: {', '.join(MODELS)} or tv:NAME for any torchvision classifier",
-           default="resnet20", metavar="NAME", handed_on=True),
+           default="resnet20", metavar="NAME", handed_on=True, read="always", elsewhere=True),
     Option("epochs", "training", {TRAIN: "epochs of training", MAIN: "local epochs of an iteration",
                                   BASE: "epochs in all"}, {TRAIN: COUNT, MAIN: COUNT, BASE: number(int, 1)},
-           {TRAIN: 100, MAIN: 2, BASE: 200}, matters=lambda o: trains(o) and not is_baseline(o)),  # may be made longer
-    Option("num_epochs", "training", "epochs between two evaluations", number(int, 1), 2, (BASE,), metavar="E"),
+           {TRAIN: 100, MAIN: 2, BASE: 200}, matters=lambda o: trains(o) and not is_baseline(o),  # may be made longer
+           read="where said"),
+    Option("num_epochs", "training", "epochs between two evaluations", number(int, 1), 2, (BASE,), metavar="E",
+           read="where said", elsewhere=True),
     Option("batch_size", "training", "images of an agent in a step", number(int, 1), 100, usual=100),
     Option("optim", "training", "optimiser", ["adam", "sgd"], "adam", (TRAIN, MAIN),
            flags={TRAIN: ("opt",), MAIN: ()}, usual="adam", matters=trains),
@@ -212,7 +231,7 @@ OPTIONS = (
     Option("match_augment", "matching", "augment them, for all models alike", boolean, False, (MAIN,), usual=True,
            matters=reads_images),
     Option("match_at", "matching", "read a group's features at the input of its last consumer, as in the paper, or sum "
-           "over all", ["last", "all"], "all", (MAIN,), usual="last", matters=matches),
+           "over all", ["last", "all"], "all", (MAIN,), usual="last", matters=matches, rare=True),
     Option("bn_reset", "matching", "re-estimate BatchNorm statistics of the merged models, or of the agents' before as "
            "well; repair: both, and layers without BatchNorm are rescaled to their parents' statistics (REPAIR)",
            ["none", "after", "both", "repair"], "both", (MAIN,), usual="both"),
@@ -222,12 +241,12 @@ OPTIONS = (
     Option("wire", "processes", "how models travel: as they are, or their kernels and matrices in fewer bits", WIRES,
            WIRES[0], (MAIN,), usual="fp32", matters=merges),
     Option("link_failure", "simulated faults", "chance that an edge carries nothing in an iteration", SHARE, 0.0,
-           (MAIN,), metavar="P", usual=0.0, matters=merges),
+           (MAIN,), metavar="P", usual=0.0, matters=merges, rare=True),
     Option("agent_failure", "simulated faults", "chance that an agent neither merges nor trains in an iteration", SHARE,
-           0.0, (MAIN,), metavar="P", usual=0.0),
+           0.0, (MAIN,), metavar="P", usual=0.0, rare=True),
     Option("exchanged_by", "processes", usual=None, scripts=(MAIN,), derived=True),
     Option("staleness", "processes", "agents on their own: use the last model of a neighbour that isn't there, if it "
-           "is at most K iterations old", COUNT, 0, (MAIN,), metavar="K", usual=0),
+           "is at most K iterations old", COUNT, 0, (MAIN,), metavar="K", usual=0, rare=True),
     Option("match_prior", "matching", "DIMAT and COMMON: identity leaves units where they are unless the gain in "
            "correlation exceeds the noise of its estimate (for agents that began alike)", OneOf(priors), "none",
            (MAIN,), usual="none", matters=weighs_units),
@@ -235,7 +254,7 @@ OPTIONS = (
     Option("align_every", "matching", usual=0, scripts=(MAIN,), matters=aligns, derived=True),  # gone: of older runs
     Option("root", "matching", "COMMON: the agent whose order of units the others take (default, and where it is down "
            "or in another part: the centre of the graph)", COUNT, None, (MAIN,), metavar="I", usual=None,
-           matters=aligns),
+           matters=aligns, rare=True),
     Option("robust", "matching", "average so that some hostile models of several can't move the result far: clip what "
            "a neighbour's model differs by from one's own (self-centred clipping), or take each coordinate's trimmed "
            "mean or median; all N merge for themselves then, also fully_connected",
@@ -243,7 +262,7 @@ OPTIONS = (
     Option("max_distance", "processes", "agents on their own: leave out a neighbour's model whose parameters, in "
            "whatever order of units, are farther away than D times the norm of one's own; 0 = take any (ResNet-20, "
            "digits: neighbours 0.03, an untrained from a trained model 0.45, one with its signs flipped 1.7)",
-           number(float, 0), 10.0, (MAIN,), metavar="D", usual=10.0, matters=merges_over_a_folder),
+           number(float, 0), 10.0, (MAIN,), metavar="D", usual=10.0, matters=merges_over_a_folder, rare=True),
     Option("lr_decay", "training", "what the learning rate is multiplied with after each epoch", POSITIVE, 0.981,
            (BASE,), usual=0.981),
     Option("mix_buffers", "algorithm", "mix BatchNorm's statistics like the parameters", boolean, True, (BASE,),
@@ -266,54 +285,58 @@ OPTIONS = (
               "re-estimate BatchNorm on their own images",
         BASE: "CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: stochastic gradient "
               "push; CGA: cross-gradient aggregation"},
-           {MAIN: OneOf(merge_methods), BASE: OneOf(baselines)}, {MAIN: "DIMAT", BASE: "CDSGD"}, RUNS),
+           {MAIN: OneOf(merge_methods), BASE: OneOf(baselines)}, {MAIN: "DIMAT", BASE: "CDSGD"}, RUNS,
+           read="always", elsewhere=True),
     Option("exp", "algorithm", "topology by number: " + ", ".join(f"{k} {v}" for k, v in EXPS.items()),
            number(int, min(EXPS), max(EXPS)), None, RUNS, "N", free=True),
     Option("topology", "algorithm", f"{', '.join([*TOPOLOGIES, *DIRECTED])}, a JSON file with connectivity and pi, or "
            "a folder of such files that take turns (default: fully_connected)", path, None, RUNS,
-           "NAME|FILE.json|FOLDER"),
-    Option("merg_itr", "algorithm", "merge iterations in all", number(int, 1), 100, (MAIN,), free=True),
+           "NAME|FILE.json|FOLDER", read="always", elsewhere=True),
+    Option("merg_itr", "algorithm", "merge iterations in all", number(int, 1), 100, (MAIN,), free=True, read="always"),
     Option("merg_itr_init", "algorithm", "start after this many iterations: the last finished one, or one kept by "
-           "--keep all", COUNT, 0, (MAIN,), free=True),
-    Option("training", "algorithm", "train locally after each merge but the last", boolean, False, (MAIN,)),
+           "--keep all", COUNT, 0, (MAIN,), free=True, rare=True),
+    Option("training", "algorithm", "train locally after each merge but the last", boolean, False, (MAIN,),
+           elsewhere=True),
     Option("ckp", "algorithm", "folder of the agents' checkpoints, made by train.py", path, None, RUNS, "DIR",
            free=True),
-    Option("randominit", "algorithm", "start from random models instead of --ckp", boolean, False, RUNS),
+    Option("randominit", "algorithm", "start from random models instead of --ckp", boolean, False, RUNS,
+           elsewhere=True),
     Option("diffinit", "algorithm", "with --randominit: a different random model for every agent", boolean, False,
-           RUNS),
+           RUNS, elsewhere=True),
     Option("init_seed", "run", "the same initialisation for all agents", boolean, False, (TRAIN,)),
-    Option("seed", "run", "seed of the run", COUNT, 0, flags=("random_seed",), handed_on=True),
+    Option("seed", "run", "seed of the run", COUNT, 0, flags=("random_seed",), handed_on=True, read="always"),
     Option("save_folder", "run", "where the checkpoints go", path, "checkpoint", (TRAIN,), "DIR", free=True),
     Option("match_memory", "matching", "most memory for the correlation matrices; beyond it the edges are taken in "
-           "blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True),
+           "blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True, rare=True),
     Option("workers", "processes", "deal the agents out to N processes, which share this machine's threads; the data "
            "set and --match_memory are there for each (default: with --training on a CPU one for each thread, at most "
            "one for each agent; else 1)", number(int, 1), None, (MAIN,), "N", free=True),
     Option("processes", "processes", "start each of the N agents as a process of its own, as with --agent, on this "
            "machine", COUNT, None, (MAIN,), "N", free=True),
     Option("agent", "processes", "be agent I alone: others may be started anywhere, stop, and come back by the same "
-           "command", COUNT, None, (MAIN,), "I"),
+           "command", COUNT, None, (MAIN,), "I", rare=True),
     Option("exchange", "processes", "where agents on their own leave their models for their neighbours: a folder that "
            "all of them see (default with --processes: in the run folder)", exchange, None, (MAIN,), "folder:PATH",
-           free=True),
+           free=True, rare=True),
     Option("exchange_key", "processes", "a secret that all agents on their own share, 16 bytes or more: models are "
            "signed with it, and others are refused. Without it nobody publishes as one of the agents; who has it can "
-           "as any", path, None, (MAIN,), "FILE", free=True),
+           "as any", path, None, (MAIN,), "FILE", free=True, rare=True),
     Option("backend", "processes", "what carries the messages: nccl where every process has a GPU of its own, else "
-           "gloo", BACKENDS, "auto", RUNS, free=True),
+           "gloo", BACKENDS, "auto", RUNS, free=True, rare=True),
     Option("timeout", "processes", {k: f"{v} (at the start of a group at least {STARTING:g} s)"
                                     for k, v in WAITS.items()},
-           {MAIN: number(float, 0), BASE: POSITIVE}, {MAIN: 1800.0, BASE: 300.0}, RUNS, "SECONDS", free=True),
+           {MAIN: number(float, 0), BASE: POSITIVE}, {MAIN: 1800.0, BASE: 300.0}, RUNS, "SECONDS", free=True,
+           rare=True),
     Option("local_rank", "processes", argparse.SUPPRESS, COUNT, None, RUNS, flags=("local-rank",), free=True),
     Option("results_dir", "run", "where the results go", path, "results", RUNS, "DIR", free=True),
     Option("tensorboard", "run", "write live curves into the run folder (needs the package tensorboard)", boolean,
-           False, RUNS, free=True),
+           False, RUNS, free=True, rare=True),
     Option("resume", "run", "continue an interrupted run (a group that torchrun restarts does so by itself)", boolean,
            False, RUNS, free=True),
     Option("keep", "run", "keep the state of the last iteration, or of each (for --merg_itr_init)", ["last", "all"],
-           "last", (MAIN,), free=True),
+           "last", (MAIN,), free=True, rare=True),
     Option("device", "machine", "auto, cpu, cuda, cuda:1 or mps", default="auto", free=True, handed_on=True),
-    Option("compile", "machine", "run the model through torch.compile", boolean, False, free=True),
+    Option("compile", "machine", "run the model through torch.compile", boolean, False, free=True, rare=True),
     Option("config", "machine", "read options from a file; flags override it", path, None, metavar="FILE.yaml",
            free=True),
     Option("overwrite", "machine", "start afresh, deleting what this very command made before", boolean, False,
@@ -367,7 +390,8 @@ def add_to(p: argparse.ArgumentParser, script: str) -> None:
                    if option.group == title and script in option.scripts and not option.derived]
         group = p.add_argument_group(title) if options else None
         for option in options:
-            group.add_argument(*_flags(option, script), dest=option.name, **_how(option, script))
+            action = group.add_argument(*_flags(option, script), dest=option.name, **_how(option, script))
+            action.whole_help, action.help = action.help, argparse.SUPPRESS if option.rare else action.help
 
 
 def _flags(option: Option, script: str) -> list[str]:
@@ -391,7 +415,8 @@ def _how(option: Option, script: str) -> dict[str, Any]:
 def train_parser() -> argparse.ArgumentParser:
     p = parser("train", "Train every agent on its own part of the data and keep the checkpoints.\n"
                         "An interrupted run continues when the same command is given again.",
-               "python -m train --dataset=cifar100 --model=resnet20 --num_models=5 --data_dist=iid --random_seed=0")
+               "python -m train --dataset=cifar100 --model=resnet20 --num_models=5 --data_dist=iid --random_seed=0",
+               all_help=True)
     add_to(p, TRAIN)
     return p
 
@@ -401,7 +426,7 @@ def main_parser() -> argparse.ArgumentParser:
                        "All agents in this process or dealt out to several (--workers, torchrun), with the same "
                        "figures,\nor each on its own (--agent, --exchange), where any may stop and come back.",
                "python -m main --dataset=digits --num_models=5 --ckp=CHECKPOINT_FOLDER --opt=DIMAT --exp=2 "
-               "--merg_itr=8 --training --epochs=2")
+               "--merg_itr=8 --training --epochs=2", all_help=True)
     add_to(p, MAIN)
     return p
 
@@ -411,6 +436,6 @@ def base_lines_parser() -> argparse.ArgumentParser:
                              "All agents in this process or, under torchrun, each in a process of its own; the figures "
                              "are the same.",
                "torchrun --standalone --nproc_per_node=5 base_lines.py --dataset=digits --num_models=5 --opt=CDSGD "
-               "--exp=2 --randominit=True --epochs=10")
+               "--exp=2 --randominit=True --epochs=10", all_help=True)
     add_to(p, BASE)
     return p

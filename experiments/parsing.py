@@ -88,6 +88,7 @@ def number(kind: type, low: float, high: float = float("inf"), strict: bool = Fa
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
+    parse.kind = kind
     return parse
 
 
@@ -119,11 +120,29 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    return Parser(
+class Help(argparse.Action):
+    """--help shows what most need, --help all every option: those that have a `whole_help` besides."""
+
+    def __call__(self, parser, options, word, option_string=None) -> NoReturn:
+        hidden = [action for action in parser._actions if getattr(action, "whole_help", action.help) != action.help]
+        if word:
+            for action in hidden:
+                action.help = action.whole_help
+        elif hidden:
+            parser.epilog = f"{len(hidden)} more options, for rarer needs: {parser.prog} --help all"
+        parser.print_help()
+        parser.exit()
+
+
+def parser(prog: str, description: str, example: str, all_help: bool = False) -> argparse.ArgumentParser:
+    """all_help: it has so many options that --help doesn't show them all."""
+    p = Parser(
         prog=f"python -m {prog}", description=f"{description}\n\nexample:\n  {example}",
-        formatter_class=Formatter, allow_abbrev=False,
+        formatter_class=Formatter, allow_abbrev=False, add_help=not all_help,
     )
+    if all_help:
+        p.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], help="explain the options, or all")
+    return p
 
 
 def flag(group, *names: str, default: bool | None = False, help: str) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from experiments.checkpoints import State, describe, digest, digest_of_all, inherit, load_states
 from experiments.options import train_parser
-from experiments.run_folder import circumstances, committed, contradictions
+from experiments.run_folder import RunFolder, circumstances, committed, contradictions
 from experiments.trainings import fill_defaults
 from models import infer_width
+from network.processes import Network, is_launched, is_restart, launch
 from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 from storage.files import load_yaml
 
@@ -77,3 +78,14 @@ def matrices(name: str, topology: Topology) -> dict[str, list]:
     if name in TOPOLOGIES | DIRECTED:
         return {}
     return {"pi": [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()}
+
+
+def open_run(o: Namespace, network: Network, command: str, path: Path, config: dict, matter: dict,
+             start: int = 0) -> RunFolder | None:
+    """The run folder, at the writer. A group that its launcher has started again continues by itself."""
+    if not network.is_writer:
+        return None
+    config |= circumstances(command) | {"launch": launch() if is_launched() else None}
+    goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
+    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on, start=start,
+                     overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)

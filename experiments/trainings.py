@@ -6,6 +6,7 @@ import copy
 from argparse import Namespace
 from pathlib import Path
 
+from data.datasets import READ_NO_FOLDER
 from experiments.checkpoints import checkpoint_folder
 from experiments.options import free
 from storage.files import load_yaml, read_rows
@@ -24,7 +25,7 @@ def fill_defaults(options: Namespace) -> None:
         options.alpha = 0.5
     if options.data_dist != "dirichlet" and options.alpha is not None:
         raise ValueError(f"--alpha belongs to --data_dist=dirichlet, not to {options.data_dist}")
-    if options.dataset != "tinyimgnt":
+    if options.dataset in READ_NO_FOLDER:
         options.imgntdir = None
     if options.optim == "adam" and options.momentum:
         raise ValueError(f"--momentum {options.momentum} has no effect with --optim=adam: use --optim=sgd")

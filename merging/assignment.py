@@ -6,10 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from merging.permutation import Permutations, PermutationSpec, nest
+
+
+def solve(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pairs with the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # here: a quarter of what `import torch` takes, for --help too
+
+    return linear_sum_assignment(similarity, maximize=True)
 
 
 def assign(spec: PermutationSpec, similarity: Mapping[str, Tensor], groups: list[str] | None = None) -> Permutations:
@@ -42,7 +48,7 @@ def best(similarity: np.ndarray) -> Tensor:
     """(units,): the column for each row that makes the sum largest; of equal ones, the one that moves fewest."""
     # Dead units are no more like one another than like any other, and would trade places for nothing.
     stay = 1e-9 * np.abs(similarity).max(initial=0.0) * np.eye(len(similarity))
-    return torch.from_numpy(linear_sum_assignment(similarity + stay, maximize=True)[1])
+    return torch.from_numpy(solve(similarity + stay)[1])
 
 
 def within_blocks(similarity: np.ndarray) -> Tensor:
@@ -65,6 +71,6 @@ def _values_of_blocks(similarity: np.ndarray, blocks: int) -> np.ndarray:
         return split[:, :, 0, 0]
     value = np.empty((blocks, blocks))
     for i, j in np.ndindex(blocks, blocks):
-        rows, columns = linear_sum_assignment(split[i, j], maximize=True)
+        rows, columns = solve(split[i, j])
         value[i, j] = split[i, j][rows, columns].sum()
     return value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.options import ALONE, MAIN, SHORT, usual
+from experiments.options import ALONE, MAIN, SHORT, names, usual
 from reports.runs import FOLLOWERS, IGNORED, Curve, Run, of_seed, without_say
 from storage.files import write_atomically
 
@@ -52,12 +52,10 @@ class Line:
         return place, unusual, [(int(word), "") if word.isdigit() else (-1, word) for word in words]
 
 
-# Told by a run's place in the picture, by its line or by other options.
-ELSEWHERE = IGNORED | {"opt", "dataset", "model", "topology", "num_models", "data_dist", "alpha", "num_epochs",
-                       "training", "randominit", "diffinit"}
+ELSEWHERE = IGNORED | set(names(lambda option: option.elsewhere))
 # Differences in these make any two lines of a panel unequal, whatever their methods.
-FAIRNESS = {"epochs", "init", "pretrain_epochs", "pretrain_seed", "partition_seed", "phase", "train_samples",
-            "test_samples", "holdout", "width_multiplier"}
+FAIRNESS = {"epochs", "init",
+            *names(lambda option: option.group in ("data", "model") or option.name.startswith("pretrain_"))}
 
 
 def options_that_matter(run: Run) -> dict[str, Any]:

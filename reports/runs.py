@@ -14,19 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.options import BASE, MAIN, SHORT, TRAIN, free, is_baseline, names, silent, usual
+from experiments.options import BASE, MAIN, OPTIONS, SHORT, TRAIN, free, is_baseline, names, silent, usual
 from experiments.run_folder import PHASES, is_part
 from network.topology import short_name
 from storage.files import load_yaml, read_rows
 
 # Change no figure. Where a folder of images lies doesn't either, but its name says which images they are.
 IGNORED = free() - {"imgntdir"} | {"seed", "first_models", "initial_models", "memory_layout"}
-FOLLOWERS = ("partition_seed", "pretrain_seed", "pretrain_folder")  # go with the seed, or stay: each is one experiment
+# Go with the seed, or stay: each is one experiment.
+FOLLOWERS = (*names(lambda option: option.name.endswith("_seed") and MAIN in option.scripts), "pretrain_folder")
 CHECKPOINT = re.compile(r"(same|diff)_initialization/.*?num_epochs_(\d+)/(?:([^/]*=[^/]*)/)?random_seed_(\d+)/*$")
-REQUIRED = {"opt": str, "topology": str, "num_models": int, "seed": int, "merg_itr": int, "dataset": str, "model": str,
-            "data_dist": str}
-OPTIONAL = {"epochs": (int,), "num_epochs": (int,), "alpha": (int, float)}  # or null
-MOST = {"num_models": 10_000}  # of other whole numbers 2^63 - 1
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,15 @@ def read_run(folder: Path) -> Run:
     """Raises OSError or ValueError, saying why, where `folder` holds no run. A line that was cut short is left out."""
     config = {key: _printable(value) if isinstance(value, str) else value
               for key, value in load_yaml(folder / "config.yaml").items()}
-    for key, kind in REQUIRED.items():
-        if key not in config:
+    script = BASE if is_baseline(config) else MAIN
+    read = {option.name: option for option in OPTIONS if option.read}
+    for key in config.keys() & read.keys():
+        may_lack = read[key].read == "where said" and config[key] is None
+        if not (may_lack or read[key].could_be(config[key], script)):
+            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
+    for key, option in read.items():
+        if option.read == "always" and key not in config:
             raise ValueError(f"config.yaml has no {key}")
-        if type(config[key]) is not kind or (kind is int and not 0 <= config[key] <= MOST.get(key, 2**63 - 1)):
-            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
-    for key, kinds in OPTIONAL.items():
-        if config.get(key) is not None and type(config[key]) not in kinds:
-            raise ValueError(f"config.yaml says {key}: {config[key]!r}")
     rows = read_metrics(folder, ("iteration", "phase", "agent"))
     for row in rows:
         try:

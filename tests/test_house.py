@@ -1,6 +1,7 @@
 """The rooms of the house: imports run down, nobody imports a door, and a door is short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_imports_run_down(file):
 @pytest.mark.parametrize("door", ["train", "main", "base_lines"])
 def test_doors_are_short(door):
     assert len((ROOT / f"{door}.py").read_text().splitlines()) <= 150
+
+
+COMMANDS = {"reports", "experiments"}  # these read command lines
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if LEVEL[room(file)] < len(FLOORS)
+                                  and room(file) not in COMMANDS], ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_agents_do_is_not_told_by_a_namespace(file):
+    """Below the doors, settings are dataclasses that say what is in them."""
+    assert not re.search(r"\bNamespace\b", file.read_text())
 
 
 def test_no_two_classes_have_one_name():

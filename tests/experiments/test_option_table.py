@@ -1,9 +1,11 @@
 """The one table of options: what follows from an entry, and that nothing else lists options."""
 
 import dataclasses
+import re
 
 import pytest
 
+from data.datasets import DATASETS
 from experiments import options, sweep
 from experiments.checkpoints import checkpoint_folder
 from experiments.options import (
@@ -24,6 +26,8 @@ from experiments.options import (
 )
 from experiments.run_folder import contradictions, run_folder
 from experiments.sweep import Planner, plan_file
+from experiments.trainings import fill_defaults
+from merging import METHODS, Method
 from reports.runs import comparable
 
 PARSERS = {TRAIN: train_parser, MAIN: main_parser, BASE: base_lines_parser}
@@ -114,3 +118,38 @@ def test_what_is_inherited_free_and_handed_on():
         "data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier"}
     assert {"merg_itr", "device", "results_dir", "versions"} <= free()
     assert free() & usual(MAIN).keys() == {"imgntdir"}  # where it lies; its name is said
+
+
+def test_a_registered_methods_options_are_in_the_folders_name(monkeypatch):
+    """Two runs that differ in what their method reads never share a folder."""
+    @dataclasses.dataclass(frozen=True)
+    class Taste:
+        prior: str = "none"
+
+    for name, properties in {"TASTES": {"options": Taste}, "TASTELESS": {}}.items():
+        monkeypatch.setitem(METHODS, name, Method(lambda *_, **__: {}, **properties))
+        o = given(MAIN, f"--opt={name}", "--match_prior=identity", "--topology=ring") | {"data_dist": "iid"}
+        said = "match_prior=identity" in str(run_folder(o, o | dict.fromkeys(silent(o))))
+        assert said == (name == "TASTES")
+
+
+def test_a_registered_data_set_gets_its_folder(monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", lambda *_: None)
+    for dataset, folder in {"mine": "photos", "tinyimgnt": "photos", "digits": None}.items():
+        o = train_parser().parse_args([f"--dataset={dataset}", "--imgntdir=photos"])
+        fill_defaults(o)
+        assert o.imgntdir == folder
+        assert ("imgntdir=photos" in str(checkpoint_folder(vars(o)))) == bool(folder)
+
+
+def test_help_shows_what_most_need_and_help_all_the_rest(capsys):
+    shown = {}
+    for words in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit) as stop:
+            main_parser().parse_args(words)
+        assert stop.value.code == 0
+        shown[len(words)] = capsys.readouterr().out
+    rare = names(lambda option: option.rare and MAIN in option.scripts)
+    few, every = (set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) for text in (shown[1], shown[2]))
+    assert every - few == set(rare) and len(few) < 45
+    assert f"{len(rare)} more options" in shown[1] and "more options" not in shown[2]

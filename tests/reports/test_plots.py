@@ -131,7 +131,7 @@ CONFIG = {"opt": "DIMAT", "topology": "ring", "num_models": 3, "seed": 0, "datas
 
 def write_run(folder, iterations=2, accuracy=lambda iteration, agent: 10.0 * iteration + agent, sent=1000, **options):
     """A run of merges, of a baseline with `num_epochs`: agent i sends (i + 1) * `sent` bytes in each iteration."""
-    config = CONFIG | {"merg_itr": iterations} | options
+    config = CONFIG | {"merg_itr": max(iterations, 1)} | options
     agents, baseline = config["num_models"], "num_epochs" in config
     (folder / "accuracy_matrix").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -190,7 +190,7 @@ def test_runs_are_found_once_wherever_they_are(tmp_path):
 @pytest.mark.parametrize("file, content, reason", [
     ("config.yaml", None, "no config.yaml beside it"),
     ("config.yaml", "opt: [", "config.yaml can't be read"),
-    ("config.yaml", "opt: DIMAT", "config.yaml has no topology"),
+    ("config.yaml", "opt: DIMAT", "config.yaml has no dataset"),
     ("metrics.csv", "iteration,phase\n", "no rows yet"),
     ("config.yaml", "{opt: 3}", "config.yaml says opt: 3"),
     ("metrics.csv", ",".join(COLUMNS) + "\n0,initial,0,nan,1,0\n", "not of a run: 0,initial,0,nan"),

@@ -324,7 +324,7 @@ def test_an_iteration_counts_when_every_agent_has_one_row(add, error, damage):
 @pytest.mark.parametrize(("file", "content", "reason"), [
     ("config.yaml", "opt: [", "config.yaml can't be read"),
     ("config.yaml", "- a list", "expected 'option: value' lines"),
-    ("config.yaml", "opt: DIMAT", "config.yaml has no topology"),
+    ("config.yaml", "opt: DIMAT", "config.yaml has no dataset"),
     ("config.yaml", "{opt: DIMAT, topology: ring, num_models: two}", "num_models: 'two'"),
     ("metrics.csv", "", "no rows yet"),
     ("metrics.csv", "a,b\n1,2\n", "metrics.csv has no column agent, iteration, phase"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from agents.local import LocalTrainer, load_agents_data, new_model
+from agents.local import DataSettings, LocalTrainer, ModelSettings, load_agents_data, new_model
 from agents.run import Phase
 from data.batches import Batches
 from data.datasets import load_dataset
@@ -152,11 +152,11 @@ def test_agents_alone_reestimate_batch_norm_on_their_own_images(checkpoints, tmp
     as_it_was = folder_of(script("main", *command, "--bn_reset=none", cwd=tmp_path), tmp_path)
     o = main_parser().parse_args(command)
     settle_options(o, range(4))
-    dataset, train_parts, _ = load_agents_data(o, torch.device("cpu"))
+    dataset, train_parts, _ = load_agents_data(DataSettings.of(vars(o)), torch.device("cpu"))
     for i in range(4):
         given = torch.load(checkpoints / f"model_{i}.pth", weights_only=True)
         images = Batches(dataset, dataset.train, train_parts[i], len(train_parts[i]))
-        expected = reestimate(new_model(o, dataset), given, images)
+        expected = reestimate(new_model(ModelSettings.of(vars(o)), dataset), given, images)
         now, before = (torch.load(f / f"merged/model_{i}.pth", weights_only=True) for f in (folder, as_it_was))
         equal(before, given)
         assert now.keys() == given.keys()

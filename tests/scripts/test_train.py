@@ -188,7 +188,7 @@ def test_dropout_depends_on_the_seed_alone(tmp_path):
     def weights(seed_path) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
-        trainer = LocalTrainer(model, dataset, TrainSettings.of(options), torch.device("cpu"))
+        trainer = LocalTrainer(model, dataset, TrainSettings.of(vars(options)), torch.device("cpu"))
         torch.rand(weights.calls)  # what came before must not matter
         weights.calls += 1
         trainer.epoch(np.arange(100), seed_path, *trainer.fresh_optimizer())
