@@ -56,7 +56,7 @@ def run(o: Namespace, network: Network, device: torch.device, command: str) -> P
     own = path if o.agent is None else path / f"agent_{o.agent}"
     fresh = not (own / "metrics.csv").exists()
     with network.meet(name_for_others(o, path, agents.topology), agents.neighbours(), o.merg_itr,
-                      agents.trainer.model.state_dict(), o.wire, fresh, o.overwrite):
+                      agents.like_sent, o.wire, fresh, o.overwrite):
         return carry_out(agents, phases, o.merg_itr,
                          lambda: open_run(o, network, command, own, config, matter, start=o.merg_itr_init),
                          keep=o.keep == "all")

@@ -12,7 +12,7 @@ from data.batches import Batches
 from merging import Matching, Pairing, matches
 from merging.averaging import State
 from merging.common_basis import CommonBasis, Turns, align
-from merging.permutation import PermutationSpec, permute
+from merging.permutation import Permutations, PermutationSpec, permute
 from network.processes import Network
 
 Share = Callable[[Mapping[int, State], Sequence[int], int], dict[int, State]]
@@ -24,13 +24,14 @@ class Alignment:
 
     basis: who aligns itself to whom, and when; states: agents here -> their models, where a reordered one takes the
     place of what it was; spec, model: of all models; matching: how models are compared.
+    moved: is told of every agent whose model's units come in another order, and of the permutations.
     orders: agents here -> the common order of units they have, by the number of its root.
     """
 
     def __init__(self, basis: CommonBasis, network: Network, states: dict[int, State], spec: PermutationSpec,
-                 model: nn.Module, matching: Matching) -> None:
+                 model: nn.Module, matching: Matching, moved: Callable[[int, Permutations], None]) -> None:
         self.basis, self.network, self.states = basis, network, states
-        self.spec, self.model, self.matching = spec, model, matching
+        self.spec, self.model, self.matching, self.moved = spec, model, matching, moved
         self.orders: dict[int, int] = {}
         self.matched: list[dict] = []
 
@@ -98,4 +99,5 @@ class Alignment:
         for j, of_pair in zip(references, correlations, strict=True):
             pair = (i, j) if i in self.states else (j, i)
             self.matched += map(asdict, matches(self.spec, *pair, Pairing(found, of_pair)))
+        self.moved(i, found)
         return permute(self.spec, found, state)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,11 @@ class LocalTrainer:
         scaler = torch.amp.GradScaler(self.device.type) if s.amp == "fp16" else None
         return training.make_optimizer(self.model, s.optim, s.lr, s.momentum, s.weight_decay), scaler
 
-    def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler) -> training.EpochStats:
+    def steps_of_epoch(self, indices: np.ndarray) -> int:
+        return math.ceil(len(indices) / self.settings.batch_size)
+
+    def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler,
+              after_step: Callable[[], None] | None = None) -> training.EpochStats:
         """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
         s = self.settings
         batches = Batches(self.dataset, self.dataset.train, indices, s.batch_size, shuffle=True, augment=True,
@@ -103,7 +108,7 @@ class LocalTrainer:
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
         torch.manual_seed(generator(s.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
         try:
-            return training.train_epoch(self.fast, bar, optimizer, s.amp, scaler)
+            return training.train_epoch(self.fast, bar, optimizer, s.amp, scaler, after_step)
         except ValueError as error:  # BatchNorm can't be trained on one value per channel
             raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
                              f"{s.batch_size}): {error}") from error

@@ -13,21 +13,23 @@ import numpy as np
 import torch
 
 from agents.alignment import Alignment
+from agents.correction import DriftCorrection
 from agents.local import LocalTrainer
 from agents.run import Agents
 from data.batches import Batches
 from data.datasets import some_images
 from experiments.checkpoints import check_state
-from merging import METHODS, Method, merge, outgoing
+from merging import METHODS, Merged, Method, merge, outgoing
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
 from merging.common_basis import CommonBasis
-from merging.permutation import FeatureReader, PermutationSpec, derive_spec
+from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
 from network.faults import Faults, surviving, without
 from network.processes import Network, taken
 from network.topology import Topology
+from optimizers.corrections import CORRECTIONS
 from utils.progress import progress, say
 from utils.seeds import generator
 from utils.settings import FromOptions
@@ -51,6 +53,7 @@ class MergeSettings(FromOptions):
     robust: str
     max_distance: float
     wire: str
+    correction: str
     link_failure: float
     agent_failure: float
     seed: int
@@ -132,7 +135,27 @@ class MergingAgents(Agents):
         if not (self.method and self.method.aligned):
             return None
         return Alignment(CommonBasis(self.weights, self.num_agents, self.settings.root), self.network, self.states,
-                         self.spec, self.trainer.model, self.settings.matching)
+                         self.spec, self.trainer.model, self.settings.matching, self.reordered)
+
+    @cached_property
+    def correction(self) -> DriftCorrection | None:
+        """What keeps the agents from drifting apart while they train; None: nothing does."""
+        rule = CORRECTIONS.get(self.settings.correction)
+        return rule and DriftCorrection(rule, self.trainer.model, self.spec)
+
+    def reordered(self, agent: int, permutations: Permutations) -> None:
+        """The units of an agent's model have another order from now on."""
+        if self.correction:
+            self.correction.reorder(agent, permutations)
+
+    @property
+    def like_sent(self) -> State:
+        """A state dict with the entries of what travels for a merge."""
+        return self.sent(-1, self.trainer.model.state_dict())
+
+    def sent(self, agent: int, state: State) -> State:
+        """What travels for a merge when an agent's model is `state`."""
+        return self.correction.with_walk(agent, state) if self.correction else state
 
     @property
     def compares_activations(self) -> bool:
@@ -187,8 +210,11 @@ class MergingAgents(Agents):
             models = self.exchange(iteration, weights, images)
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
-            merged, matched = self.merged(merging, models, weights, images, shared)
-            self.states |= merged
+            merged = self.merged(merging, models, weights, images, shared)
+            if self.correction and iteration > 1:  # what the agents differ by at first is no drift
+                self.correction.update(merging, models, weights, merged)
+            self.states |= {i: merged.states[i] for i in merging}
+            matched = [asdict(match) for match in merged.matches]
             names = {j: f"{j}@{self.network.old[j]}" if j in self.network.old else str(j) for j in models}
             merged_with = {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist())
                            for i in self.states}
@@ -197,19 +223,20 @@ class MergingAgents(Agents):
                 raise ValueError(f"iteration {iteration}: {error}") from error
             say(f"warning: agent {self.network.agents[0]}, iteration {iteration}: {error}: it goes on without this "
                 "merge")
+        if self.correction:
+            self.correction.begin(self.states)
         rows = (self.alignment.take_matched() if self.alignment else []) + matched
         return {i: {"merged_with": merged_with[i], "matched": [row for row in rows if row["agent"] == i]}
                 for i in self.states}
 
     def merged(self, agents: Sequence[int], models: Mapping[int, State], weights: np.ndarray,
-               images: Mapping[int, Batches], shared: Batches | None) -> tuple[dict[int, State], list[dict]]:
-        """The merged models of these agents, and a row for all that was matched."""
+               images: Mapping[int, Batches], shared: Batches | None) -> Merged:
+        """The merge of these agents here."""
         s, num_agents = self.settings, range(self.num_agents)
         data = {"local_batches": [images.get(i) for i in num_agents]} if shared is None else {"batches": shared}
-        merged = merge([models.get(i) for i in num_agents], weights, method=s.opt, model=self.trainer.model,
-                       spec=self.spec, matching=self.settings.options_of_method, bn_reset=s.bn_reset, robust=s.robust,
-                       agents=agents, lent=True, **data)
-        return {i: merged.states[i] for i in agents}, [asdict(match) for match in merged.matches]
+        return merge([models.get(i) for i in num_agents], weights, method=s.opt, model=self.trainer.model,
+                     spec=self.spec, matching=self.settings.options_of_method, bn_reset=s.bn_reset, robust=s.robust,
+                     agents=agents, lent=True, **data)
 
     def stay_alone(self, iteration: int) -> dict[int, dict[str, Any]]:
         """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
@@ -225,9 +252,11 @@ class MergingAgents(Agents):
                             compared=aligns or self.method.reads_images) for i in images}
 
         def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
-            arrived = self.network.share(iteration, {i: lent[i] for i in lent if i in lenders},
+            arrived = self.network.share(iteration, {i: self.sent(i, lent[i]) for i in lent if i in lenders},
                                          np.where(np.isin(everybody, lenders), weights, 0), s.wire,
-                                         like=self.trainer.model.state_dict(), turn=turn)
+                                         like=self.like_sent, turn=turn)
+            if self.correction:
+                arrived = self.correction.without_walks(arrived)
             return self.plausible(iteration, arrived, lent, images) if self.network.may_miss else arrived
 
         if self.alignment:
@@ -266,11 +295,13 @@ class MergingAgents(Agents):
         for i in progress(self.up(iteration), f"iteration {iteration}: training", unit="agent"):
             self.trainer.model.load_state_dict(self.states[i])
             optimizer, scaler = self.trainer.fresh_optimizer()
+            steps = self.settings.epochs * self.trainer.steps_of_epoch(self.train_parts[i])
+            correct = self.correction and self.correction.step(i, self.trainer.model, steps)
             last = training.EpochStats(math.nan, math.nan, 0, 0)
             for epoch in range(1, self.settings.epochs + 1):
                 try:
                     last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"),
-                                              optimizer, scaler)
+                                              optimizer, scaler, correct)
                 except training.Diverged as error:
                     raise training.Diverged(f"agent {i}, iteration {iteration}: {error}; the run folder keeps what was "
                                             "finished before") from None
@@ -295,7 +326,8 @@ class MergingAgents(Agents):
         evaluations, up = self.evaluate(), self.up(iteration) if iteration else self.states
         orders = self.alignment.orders if self.alignment else {}
         return {i: {"state": state, "evaluation": evaluations[i], "samples": self.samples[i], "steps": self.steps[i],
-                    "took_part": int(i in up), "saved": {"agents": i, "orders": orders.get(i, -1)}}
+                    "took_part": int(i in up), "saved": {"agents": i, "orders": orders.get(i, -1)} | (
+                        self.correction.saved(i) if self.correction else {})}
                 for i, state in self.states.items()}
 
     def take_up(self, shares: Mapping[int, Mapping[str, Any] | None]) -> None:
@@ -305,6 +337,8 @@ class MergingAgents(Agents):
                 check_state(state, self.trainer.model.state_dict(), f"agent {i}'s model in the run's state.pt")
                 self.states[i] = {k: t.to(self.trainer.device) for k, t in state.items()}
                 self.samples[i], self.steps[i] = share["samples"], share["steps"]
+                if self.correction:
+                    self.correction.take_up(i, share, self.states[i])
                 if self.alignment and share.get("orders", -1) >= 0:
                     self.alignment.orders[i] = share["orders"]
 

@@ -39,6 +39,7 @@ def topology_to_merge_over(o: Namespace) -> Topology:
     topology = make_topology(o.topology, o.num_models, seed=o.seed)
     settle_alignment(o)
     settle_averaging(o)
+    settle_correction(o)
     if not topology.is_doubly_stochastic:
         raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
                          "what they take to add up to one model")
@@ -49,6 +50,20 @@ def settle_averaging(o: Namespace) -> None:
     if o.robust != "none" and o.bn_reset == "repair":
         raise ValueError("--bn_reset repair takes statistics of every model, hostile ones too: leave it out with "
                          f"--robust {o.robust}")
+
+
+def settle_correction(o: Namespace) -> None:
+    """What a correction goes by is the weighted average of the models, and nothing else that is done in a merge."""
+    if o.correction == "none":
+        return
+    if not o.training:
+        raise ValueError(f"--correction {o.correction} is about what agents learn between merges: add --training")
+    if o.opt == ALONE:
+        raise ValueError(f"--correction {o.correction} is about merges: leave it out with --opt={ALONE}")
+    if o.robust != "none" or o.bn_reset == "repair":
+        other = f"--robust {o.robust}" if o.robust != "none" else "--bn_reset repair"
+        raise ValueError(f"--correction {o.correction} takes a merge for the average of the models, which {other} "
+                         "changes: leave one of them out")
 
 
 def settle_alignment(o: Namespace) -> None:

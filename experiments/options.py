@@ -161,6 +161,12 @@ def baselines() -> list[str]:
     return list(BASELINES)
 
 
+def corrections() -> list[str]:
+    from optimizers.corrections import CORRECTIONS
+
+    return ["none", *CORRECTIONS]
+
+
 def cga_forms() -> list[str]:
     from optimizers.cga import CGA_FORMS
 
@@ -277,6 +283,10 @@ OPTIONS = (
            ["running", "local", "all"], "running", (BASE,), usual="running"),
     Option("bn_samples", "algorithm", "how many of these images, class-balanced where they are all agents'; 0 = all",
            COUNT, 1000, (BASE,), usual=0, matters=lambda o: o["eval_bn"] != "running"),
+
+    Option("correction", "algorithm", "keep agents from drifting towards their own data while they train: LED by what "
+           "a merge has taken them back, at no more bytes; KGT by how they differ in what they have walked, which is "
+           "sent, too", OneOf(corrections), "none", (MAIN,), usual="none", matters=lambda o: merges(o) and trains(o)),
 
     Option("opt", "algorithm", {
         MAIN: "DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one another once, "

@@ -45,7 +45,8 @@ METRICS = ("iteration", "phase", "agent", "test_accuracy", "test_loss", "train_a
 PHASES = ("initial", "merged", "trained")  # in the order in which an iteration writes them
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int], "steps": [int],
-         "states": [{str: Tensor}], "agents?": [int], "orders?": [int], "memory?": [{str: Tensor}]}
+         "states": [{str: Tensor}], "agents?": [int], "orders?": [int], "memory?": [{str: Tensor}],
+         "correction?": [{str: Tensor}], "since?": [{str: Tensor}]}
 
 
 def run_folder(o: dict[str, Any], matter: dict[str, Any], script: str = MAIN) -> Path:

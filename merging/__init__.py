@@ -6,7 +6,7 @@
 """
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -20,7 +20,7 @@ from merging.averaging import ROBUST, State, robust_average, weighted_average
 from merging.batch_norm import Batches, device_of, reestimate, tracked_norms
 from merging.inputs import first_image, images_per_agent, mixing_matrix, model_and_states
 from merging.methods import METHODS, Average, Method, register_method
-from merging.permutation import PermutationSpec, derive_spec, permute
+from merging.permutation import Permutations, PermutationSpec, derive_spec, permute
 from merging.repair import repair
 from merging.running import is_mixed
 
@@ -52,11 +52,14 @@ class Merged(Sequence):
     """What a merge came to; as a sequence, the agents' merged models.
 
     states: a state dict for each agent, None for those that were not asked for. matches: what was matched, by agent,
-    neighbour and group.
+    neighbour and group. permutations: (i, j) -> what took agent j's units to agent i's order; pairs that are not in it
+    were averaged as they were. basis: in whose order each agent's merged model has its units, its own as a rule.
     """
 
     states: list[State | None]
     matches: list[Match]
+    permutations: Mapping[Edge, Permutations]
+    basis: Sequence[int]
 
     def __getitem__(self, agent):
         return self.states[agent]
@@ -176,6 +179,7 @@ def merge(
         senders[i] = outgoing(model, states[i], images[i], bn_reset, compared=True)
 
     matched: list[Match] = []
+    permutations: dict[Edge, Permutations] = {}
 
     def match(agents: list[int]) -> dict[Edge, Pairing]:
         pairs = [(i, j) for i in agents for j in sources[i] if j != i]
@@ -183,6 +187,7 @@ def merge(
         found = {pair: one if isinstance(one, Pairing) else Pairing(one) for pair, one in found.items()}
         for i, j in sorted(set(pairs) & found.keys()) if spec is not None else ():
             matched.extend(matches(spec, i, j, found[i, j]))
+        permutations.update({pair: found[pair].permutations for pair in found.keys() & set(pairs)})
         return found
 
     same_images = local_batches is None or not way.reads_images
@@ -208,7 +213,7 @@ def merge(
             state = states[int(weights[i].argmax())]
             result[i] = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
                          for key, value in state.items()}
-    return Merged(result, matched)
+    return Merged(result, matched, permutations, [0 if once and i in wanted else i for i in range(len(states))])
 
 
 def all_alike(weights: np.ndarray) -> bool:

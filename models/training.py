@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import NoneType
 
@@ -85,7 +85,8 @@ def autocast(device: torch.device, amp: str):
 
 
 def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
-                amp: str = "none", scaler: torch.amp.GradScaler | None = None) -> EpochStats:
+                amp: str = "none", scaler: torch.amp.GradScaler | None = None,
+                after_step: Callable[[], None] | None = None) -> EpochStats:
     """One pass of cross-entropy training over `batches` of (x (B,C,H,W), y (B,)).
 
     Raises Diverged when the loss or the model is not finite any more; that is looked at once per epoch, so that the
@@ -106,6 +107,8 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], opti
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        if after_step is not None:
+            after_step()
         with torch.no_grad():
             batch_loss, batch_right = loss.detach() * len(y), (scores.argmax(1) == y).sum()
             loss_sum = batch_loss if loss_sum is None else loss_sum + batch_loss
