@@ -56,6 +56,8 @@ class TrainSettings(FromOptions):
     weight_decay: float
     batch_size: int
     amp: str
+    loss: str
+    adjust_tau: float
     compile: bool
     seed: int
 
@@ -96,6 +98,11 @@ class LocalTrainer:
         scaler = torch.amp.GradScaler(self.device.type) if s.amp == "fp16" else None
         return training.make_optimizer(self.model, s.optim, s.lr, s.momentum, s.weight_decay), scaler
 
+    def loss(self, indices: np.ndarray) -> training.Loss:
+        """The loss of an agent with these training images."""
+        labels = self.dataset.train.labels[torch.as_tensor(indices, device=self.dataset.train.labels.device)]
+        return training.make_loss(self.settings.loss, self.settings.adjust_tau, labels, self.dataset.num_classes)
+
     def steps_of_epoch(self, indices: np.ndarray) -> int:
         return math.ceil(len(indices) / self.settings.batch_size)
 
@@ -108,7 +115,7 @@ class LocalTrainer:
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
         torch.manual_seed(generator(s.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
         try:
-            return training.train_epoch(self.fast, bar, optimizer, s.amp, scaler, after_step)
+            return training.train_epoch(self.fast, bar, optimizer, s.amp, scaler, self.loss(indices), after_step)
         except ValueError as error:  # BatchNorm can't be trained on one value per channel
             raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
                              f"{s.batch_size}): {error}") from error

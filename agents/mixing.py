@@ -23,6 +23,7 @@ from models import training
 from network.processes import Network
 from network.topology import Topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
+from optimizers.agent import classification
 from utils.progress import progress
 from utils.seeds import generator
 from utils.settings import FromOptions
@@ -125,7 +126,8 @@ class MixingAgents(Agents):
             batches = batch_stream(trainer.settings, trainer.dataset, self.train_parts[i], i,
                                    share["steps"] if share else 0)
             agent = Agent(i, flat, batches, amp=s.amp, mix_buffers=s.mix_buffers, weight_decay=s.weight_decay,
-                          seed=s.seed, scratch=scratch)
+                          seed=s.seed, scratch=scratch,
+                          loss=functools.partial(classification, loss=trainer.loss(self.train_parts[i])))
             if share:
                 agent.memory = {k: t.to(trainer.device) for k, t in share.get("memory", {}).items()}
                 lengths = (len(flat.gradient), len(agent.shared) + 1)

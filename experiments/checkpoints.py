@@ -63,7 +63,7 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
         theirs = made_with.get(key)
         if options[key] is None:
             options[key] = theirs
-        elif theirs is not None and options[key] != theirs:
+        elif theirs is not None and options[key] != theirs and key not in names(lambda option: option.may_change):
             raise ValueError(f"--{key} {options[key]} contradicts {source}, which was made with {key}={theirs}: "
                              "leave the option out or give other checkpoints")
 

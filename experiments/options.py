@@ -16,6 +16,7 @@ from data.datasets import DATASETS
 from data.partition import PARTITIONS
 from experiments.parsing import boolean, exchange, number, parser, path
 from models import MODELS
+from models.training import LOSSES
 from network.processes import BACKENDS, STARTING
 from network.topology import DIRECTED, EXPS, TOPOLOGIES
 from network.wire import WIRES
@@ -46,10 +47,11 @@ class Option:
     usual: the value that a run folder's path doesn't say, the paper's as a rule. It is frozen: a later change of a
     default never makes an old folder mean something else. NEVER: the path never says it.
     free: may differ between the sittings of one run; inherited: a run has it from its checkpoints, and where these
-    don't say, it is `otherwise`; handed_on: a sweep gives it to the runs of a pre-training, too; matters: whether it
-    has a say, by the other options; short: its name in paths; derived: nobody gives it (any more), it follows from
-    others; read: tables and pictures need it of every run ("always"), or of those that say it ("where said");
-    elsewhere: a picture tells it by a run's place, by its line or by another option; rare: only `--help all` shows it.
+    don't say, it is `otherwise`; may_change: a run that was given it may differ from its checkpoints in it; handed_on:
+    a sweep gives it to the runs of a pre-training, too; matters: whether it has a say, by the other options; short:
+    its name in paths; derived: nobody gives it (any more), it follows from others; read: tables and pictures need it
+    of every run ("always"), or of those that say it ("where said"); elsewhere: a picture tells it by a run's place, by
+    its line or by another option; rare: only `--help all` shows it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Option:
     free: bool = False
     inherited: bool = False
     otherwise: str = ""
+    may_change: bool = False
     handed_on: bool = False
     matters: Callable[[Settings], bool] = lambda o: True
     short: str = ""
@@ -229,6 +232,11 @@ OPTIONS = (
            {TRAIN: 0.0, MAIN: 0.0, BASE: None}, usual={TRAIN: 0.0, MAIN: 0.0, BASE: 0.9}, matters=trains),
     Option("weight_decay", "training", "L2 penalty", number(float, 0), 0.0, usual=0.0, matters=trains),
     Option("amp", "training", "mixed precision", ["none", "bf16", "fp16"], "none", usual="none", matters=trains),
+    Option("loss", "training", "cross-entropy of the scores, or of scores adjusted by how often the agent has each "
+           "class (logit adjustment, for unlike data); evaluation takes the plain scores", list(LOSSES),
+           usual=LOSSES[0], inherited=True, otherwise=LOSSES[0], may_change=True, matters=trains),
+    Option("adjust_tau", "training", "how strong --loss=adjusted is", number(float, 0), usual=1.0, inherited=True,
+           otherwise="1", may_change=True, matters=lambda o: trains(o) and o.get("loss") == "adjusted", rare=True),
     Option("match_data", "matching", "whose training images matching and BatchNorm re-estimation read: every agent's, "
            "as in the paper, or only the merging agent's own", ["all", "local"], "all", (MAIN,), usual="all",
            matters=lambda o: merges(o) and reads_images(o)),
@@ -244,6 +252,7 @@ OPTIONS = (
     Option("pretrain_epochs", "run", usual=100, scripts=RUNS, derived=True),
     Option("pretrain_seed", "run", usual=None, scripts=RUNS, derived=True),
     Option("pretrain_init", "run", usual="diff", scripts=RUNS, derived=True),
+    Option("pretrain_loss", "run", usual=None, scripts=RUNS, derived=True),
     Option("wire", "processes", "how models travel: as they are, or their kernels and matrices in fewer bits", WIRES,
            WIRES[0], (MAIN,), usual="fp32", matters=merges),
     Option("link_failure", "simulated faults", "chance that an edge carries nothing in an iteration", SHARE, 0.0,

@@ -11,6 +11,7 @@ from experiments.options import train_parser
 from experiments.run_folder import RunFolder, circumstances, committed, contradictions
 from experiments.trainings import fill_defaults
 from models import infer_width
+from models.training import LOSSES
 from network.processes import Network, is_launched, is_restart, launch
 from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 from storage.files import load_yaml
@@ -52,6 +53,7 @@ def pretraining(o: Namespace, made_with: dict) -> dict:
         "pretrain_epochs": made_with.get("epochs"),
         "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
         "pretrain_init": "same" if made_with.get("init_seed") else None,
+        "pretrain_loss": loss if (loss := made_with.get("loss") or LOSSES[0]) != o.loss else None,
     }
 
 

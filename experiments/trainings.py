@@ -17,7 +17,8 @@ COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all
 
 def fill_defaults(options: Namespace) -> None:
     """Settle what may be inherited from a checkpoint and was not."""
-    defaults = {"data_dist": "iid", "train_samples": 0, "holdout": 0, "width_multiplier": 8}
+    defaults = {"data_dist": "iid", "train_samples": 0, "holdout": 0, "width_multiplier": 8,
+                "loss": "cross_entropy", "adjust_tau": 1.0}
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)

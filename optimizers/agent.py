@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.training import Diverged, EpochStats, all_finite, autocast
+from models.training import Diverged, EpochStats, Loss, all_finite, autocast
 from utils.seeds import generator
 
 Batch = Sequence[Tensor]
@@ -166,8 +166,8 @@ class Agent:
         return EpochStats(mean, 100.0 * int(self._right) / self._seen, self._seen, self._steps)
 
 
-def classification(forward: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of (x (B, C, H, W), y (B,)), and how many answers are right."""
+def classification(forward: nn.Module, batch: Batch, loss: Loss = F.cross_entropy) -> tuple[Tensor, Tensor]:
+    """The loss of (x (B, C, H, W), y (B,)), and how many answers are right."""
     x, y = batch
     scores = forward(x)
-    return F.cross_entropy(scores, y), (scores.detach().argmax(1) == y).sum()
+    return loss(scores, y), (scores.detach().argmax(1) == y).sum()

@@ -170,7 +170,8 @@ def pretraining(ckp: Path) -> dict[str, Hashable]:
     init, epochs, unusual, seed = found.groups()
     was = dict(setting.partition("=")[::2] for setting in (unusual or "").split(",") if setting)
     trained = names(lambda option: option.group == "training" and TRAIN in option.scripts and option.name != "epochs")
-    own = {*trained, *was} - {SHORT.get(key, key) for key in names(lambda option: option.inherited)}
+    own = {*trained, *was} - {
+        SHORT.get(key, key) for key in names(lambda option: option.inherited and not option.may_change)}
     return {"pretrain_init": init, "pretrain_epochs": int(epochs), "pretrain_seed": int(seed)} | {
         f"pretrain_{key}": was.get(key, str(usual(MAIN).get(key))) for key in sorted(own)}
 
