@@ -34,6 +34,7 @@ CASES = {
     "COMMON faults all": ["--opt=COMMON", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.3",
                           "--wire=int8", "--match_samples=100"],
     "COMMON fully connected prior": ["--opt=COMMON", "--exp=1", "--match_prior=identity", "--match_samples=100"],
+    "COMMON ring corrected": ["--opt=COMMON", "--exp=2", "--match_data=local", "--correction=LED"],
     "C2M3 ring": ["--opt=C2M3", "--exp=2", "--match_samples=100", "--bn_reset=repair"],
     "alone": ["--opt=NONE"],
 }
