@@ -12,8 +12,8 @@ from optimizers.corrections import CORRECTIONS
 from tests.helpers import TINY, equal_runs, folder_of, process, rows_of, script
 from tests.scripts.test_main_processes import same_but_for_what_nobody_knows
 
-RUN = [*TINY, "--num_models=4", "--randominit", "--diffinit", "--train_samples=80", "--merg_itr=3", "--training", "--epochs=1",
-       "--batch_size=20", "--test_samples=50", "--match_samples=50", "--data_dist=non-iid"]
+RUN = [*TINY, "--num_models=4", "--randominit", "--diffinit", "--train_samples=80", "--merg_itr=3", "--training",
+       "--epochs=1", "--batch_size=20", "--test_samples=50", "--match_samples=50", "--data_dist=non-iid"]
 
 
 def run(home: Path, *flags: str) -> Path:
