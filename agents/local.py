@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from data.batches import Batches
-from data.datasets import Dataset, load_dataset
-from data.partition import make_partition
+from data.datasets import Dataset
+from data.noise import with_feature_noise
+from experiments.dealing import deal, seed_of_data
 from models import build_model, training
 from utils.memory import memory_format
 from utils.progress import progress
@@ -27,11 +28,11 @@ def load_agents_data(o: Namespace, device: torch.device,
 
     only: agents besides whose training images none is kept (the others have no indices then).
     """
-    dataset = load_dataset(o.dataset, o.data_dir, o.imgntdir, o.train_samples, o.holdout, o.test_samples)
-    seed = o.seed if o.partition_seed is None else o.partition_seed
-    train_parts, test_parts = make_partition(
-        o.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), o.num_models,
-        num_classes=dataset.num_classes, alpha=o.alpha or 0.5, seed=seed, phase=o.phase)
+    dataset, train_parts, test_parts = deal(vars(o))
+    if o.feature_noise:
+        noisy = range(o.num_models) if only is None else only
+        dataset = with_feature_noise(dataset, {i: train_parts[i] for i in noisy}, o.num_models, o.feature_noise,
+                                     seed_of_data(vars(o)))
     if only is not None and len(only) < o.num_models:
         kept = np.sort(np.concatenate([train_parts[i] for i in only]))
         dataset = dataset.with_only(kept)
@@ -41,7 +42,7 @@ def load_agents_data(o: Namespace, device: torch.device,
 
 def new_model(o: Namespace, dataset: Dataset, seed: int | None = None) -> nn.Module:
     return build_model(o.model, dataset.num_classes, in_channels=dataset.in_channels,
-                       image_size=dataset.image_size, width_multiplier=o.width_multiplier, seed=seed)
+                       image_size=dataset.image_size, width_multiplier=o.width_multiplier, norm=o.norm, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ ELSEWHERE = IGNORED | {"opt", "dataset", "model", "topology", "num_models", "dat
                        "training", "randominit", "diffinit"}
 # Differences in these make any two lines of a panel unequal, whatever their methods.
 FAIRNESS = {"epochs", "init", "pretrain_epochs", "pretrain_seed", "partition_seed", "phase", "train_samples",
-            "test_samples", "holdout", "width_multiplier"}
+            "test_samples", "holdout", "width_multiplier", "norm", "feature_noise"}
 
 
 def options_that_matter(run: Run) -> dict[str, Any]:

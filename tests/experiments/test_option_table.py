@@ -1,5 +1,6 @@
 """The one table of options: what follows from an entry, and that nothing else lists options."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.options import (
     TRAIN,
     Option,
     base_lines_parser,
+    dealt,
     free,
     main_parser,
     names,
@@ -24,6 +26,7 @@ from experiments.options import (
 )
 from experiments.run_folder import contradictions, run_folder
 from experiments.sweep import Planner, plan_file
+from experiments.trainings import fill_defaults
 from reports.runs import comparable
 
 PARSERS = {TRAIN: train_parser, MAIN: main_parser, BASE: base_lines_parser}
@@ -82,7 +85,9 @@ def test_the_papers_values_are_frozen():
     """Another value here would give old folders a new meaning."""
     assert list(usual(MAIN).items()) == [
         ("width_multiplier", 8), ("train_samples", 0), ("test_samples", 0), ("holdout", 0), ("alpha", None),
-        ("partition_seed", None), ("phase", None), ("imgntdir", "tiny-imagenet-200"), ("batch_size", 100),
+        ("classes_per_agent", None), ("min_images", 1), ("size_ratio", None), ("partition_file", None),
+        ("feature_noise", 0.0), ("partition_seed", None), ("phase", None), ("imgntdir", "tiny-imagenet-200"),
+        ("norm", "batch"), ("batch_size", 100),
         ("optim", "adam"), ("lr", 1e-3), ("momentum", 0.0), ("weight_decay", 0.0), ("amp", "none"),
         ("match_data", "all"), ("match_samples", 0), ("match_augment", True), ("match_at", "last"),
         ("bn_reset", "both"), ("pretrain_epochs", 100), ("pretrain_seed", None), ("pretrain_init", "diff"),
@@ -106,11 +111,42 @@ def test_the_papers_values_are_frozen():
 ])
 def test_options_without_a_say(flags, idle):
     o = given(MAIN, *flags) | {"data_dist": "iid"}
-    assert silent(o) == idle | {"partition_seed", "phase", "max_distance"}
+    of_other_partitions = {"alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file"}
+    assert silent(o) == idle | of_other_partitions | {"partition_seed", "phase", "max_distance"}
+
+
+@pytest.mark.parametrize("data_dist,asked", [
+    ("iid", set()), ("non-iid", set()), ("dirichlet", {"alpha", "min_images"}), ("dirichlet-balanced", {"alpha"}),
+    ("quantity", {"alpha", "min_images"}), ("classes", {"classes_per_agent"}), ("shards", {"classes_per_agent"}),
+    ("exponential", {"size_ratio"}), ("file", {"partition_file"})])
+def test_a_partition_has_the_options_that_it_asks_for(data_dist, asked):
+    every = {"alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file"}
+    o = given(TRAIN, f"--data_dist={data_dist}")
+    assert every - silent(o) == asked
+    settled = argparse.Namespace(**o)
+    fill_defaults(settled)
+    assert {key for key in every if getattr(settled, key) is not None} == asked - {"partition_file"}
+    for key in every - asked:
+        value = {"partition_file": "x.csv"}.get(key, 3)
+        with pytest.raises(ValueError, match=rf"--{key} belongs to --data_dist=.*, not to {data_dist}"):
+            fill_defaults(argparse.Namespace(**o | {key: value}))
+
+
+def test_what_is_dealt_is_said_where_it_is_not_plain():
+    config = {"data_dist": "dirichlet", "alpha": 0.5, "min_images": 1}
+    assert dealt(config) == "dirichlet 0.5" == dealt({"data_dist": "dirichlet", "alpha": 0.5})
+    assert dealt(config | {"min_images": 10}) == "dirichlet 0.5, min_images=10"
+    assert dealt({"data_dist": "classes", "classes_per_agent": 2, "alpha": None}) == "classes 2"
+    assert dealt({"data_dist": "file", "partition_file": "a/mine.csv"}) == "file mine.csv"
+    assert dealt({"data_dist": "iid"}) == "iid" and dealt({"data_dist": "of somebody"}) == "of somebody"
+    trained = given(TRAIN, "--data_dist=file", "--partition_file=a/mine.csv", "--norm=group", "--feature_noise=0.1")
+    path = str(checkpoint_folder(trained))
+    assert "partition_file=mine.csv,feature_noise=0.1,norm=group" in path
 
 
 def test_what_is_inherited_free_and_handed_on():
     assert set(names(lambda option: option.inherited)) == {
-        "data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier"}
+        "data_dist", "alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file", "feature_noise",
+        "partition_seed", "train_samples", "holdout", "width_multiplier", "norm"}
     assert {"merg_itr", "device", "results_dir", "versions"} <= free()
     assert free() & usual(MAIN).keys() == {"imgntdir"}  # where it lies; its name is said
