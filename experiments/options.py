@@ -405,14 +405,15 @@ def variant(options: Settings, script: str) -> str:
 # Command lines
 
 
-def add_to(p: argparse.ArgumentParser, script: str) -> None:
-    """All options of a script, in groups."""
+def add_to(p: argparse.ArgumentParser, script: str, only: Collection[str] | None = None) -> None:
+    """All options of a script, in groups; `only` some of them: these are None where they aren't given."""
     for title in GROUPS:
-        options = [option for option in OPTIONS
-                   if option.group == title and script in option.scripts and not option.derived]
+        options = [option for option in OPTIONS if option.group == title and script in option.scripts
+                   and not option.derived and (only is None or option.name in only)]
         group = p.add_argument_group(title) if options else None
         for option in options:
-            group.add_argument(*_flags(option, script), dest=option.name, **_how(option, script))
+            how = _how(option, script) | ({} if only is None else {"default": None})
+            group.add_argument(*_flags(option, script), dest=option.name, **how)
 
 
 def _flags(option: Option, script: str) -> list[str]:

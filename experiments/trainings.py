@@ -60,6 +60,6 @@ def finished(o: Namespace) -> Path | None:
     folder = checkpoint_folder(vars(o))
     config, old = describe_training(o), load_yaml(folder / "config.yaml")
     # What an old folder doesn't say is younger than it, and had the usual value.
-    config = {key: value for key, value in config.items() if key in old or value != usual(TRAIN).get(key)}
+    config = {key: value for key, value in config.items() if key in old or value not in (None, usual(TRAIN).get(key))}
     done = not o.overwrite and old and old == old | config and len(rows_of_finished(folder)) == o.num_models
     return folder if done else None
