@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from agents.local import load_agents_data
 from data.datasets import Dataset, ImageSet
 from data.noise import with_feature_noise
+from experiments.options import train_parser
+from experiments.trainings import fill_defaults
 
 
 @pytest.fixture
@@ -40,3 +43,22 @@ def test_values_stay_in_their_range(grey):
     loud = with_feature_noise(grey, PARTS, 4, 50.0, seed=0).train.images
     shares = [(loud == value).double().mean().item() for value in (0, 255)]
     assert shares == pytest.approx([0.5, 0.5], abs=0.05)  # clipped, not wrapped around
+
+
+@pytest.mark.parametrize("seeds", [["--seed=3"], ["--seed=8", "--partition_seed=3"]])
+def test_agents_train_on_their_noise_whoever_else_is_here(seeds):
+    def data(*flags: str, only=None):
+        o = train_parser().parse_args(["--num_models=4", "--train_samples=200", *flags])
+        fill_defaults(o)
+        return load_agents_data(o, torch.device("cpu"), only)
+
+    (clean, parts, _), (noisy, same_parts, _) = data("--seed=3"), data("--feature_noise=0.2", *seeds)
+    (alone, own, _) = data("--feature_noise=0.2", *seeds, only=[1])
+    for agent, (indices, same) in enumerate(zip(parts, same_parts, strict=True)):
+        assert np.array_equal(indices, same)
+        apart = (noisy.train.images[indices].double() - clean.train.images[indices]).abs().mean()
+        assert 255 * 0.2 * (agent + 1) / 4 * 0.2 < apart < 255 * 0.2 * (agent + 1) / 4
+    assert torch.equal(alone.train.images[own[1]], noisy.train.images[parts[1]])
+    assert torch.equal(noisy.test.images, clean.test.images)
+    again, _, _ = data("--feature_noise=0.2", "--seed=3")
+    assert torch.equal(again.train.images, noisy.train.images)

@@ -52,6 +52,36 @@ def test_a_finished_run_does_nothing(checkpoints):
     assert before == {f: f.stat().st_mtime_ns for f in checkpoints.iterdir()}
 
 
+def test_a_folder_from_before_an_option_existed_is_finished_too(tmp_path):
+    run = [*TINY, "--num_models=2", "--epochs=0"]
+    config = folder_of(script("train", *run, cwd=tmp_path), tmp_path) / "config.yaml"
+    younger = ("norm", "min_images", "classes_per_agent", "size_ratio", "partition_file", "feature_noise")
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith(younger)))
+    assert len(config.read_text().splitlines()) == len(lines) - len(younger)
+    assert "finished before" in script("train", *run, cwd=tmp_path).stdout
+    assert "finished before" not in script("train", *run, "--norm=group", cwd=tmp_path).stdout
+    merged = script("main", *TINY, "--num_models=2", f"--ckp={config.parent}", "--opt=WA", "--merg_itr=1", cwd=tmp_path)
+    assert "norm" not in merged.stdout
+
+
+@pytest.mark.parametrize("norm", ["group", "evonorm"])
+def test_models_without_batch_norm_are_trained_merged_and_mixed(tmp_path, norm):
+    data = [*TINY, "--num_models=2", "--batch_size=50"]
+    trained = script("train", *data, "--data_dist=classes", "--classes_per_agent=5", f"--norm={norm}", "--epochs=1",
+                     cwd=tmp_path)
+    folder = folder_of(trained, tmp_path)
+    assert f"classes_per_agent=5,norm={norm}" in str(folder)
+    state = torch.load(folder / "model_0.pth", weights_only=True)
+    assert not any("running" in key for key in state) and ("bn1.v" in state) == (norm == "evonorm")
+    for name, flags in (("main", ["--opt=DIMAT", "--merg_itr=2", "--training", "--epochs=1", "--bn_reset=both"]),
+                        ("base_lines", ["--opt=CDSGD", "--epochs=1", "--num_epochs=1"])):
+        result = script(name, *data, f"--ckp={folder}", *flags, cwd=tmp_path)
+        assert f"norm={norm}" in result.stdout
+    refused = script("main", *data, f"--ckp={folder}", "--norm=batch", "--merg_itr=1", cwd=tmp_path, check=False)
+    assert f"--norm batch contradicts --ckp {folder}, which was made with norm={norm}" in refused.stderr
+
+
 def test_the_same_initialisation_is_truly_the_same(tmp_path):
     result = script("train", *TINY, "--num_models=2", "--epochs=0", "--init_seed=True", cwd=tmp_path)
     folder = folder_of(result, tmp_path)
