@@ -42,6 +42,8 @@ def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, 
             if o.width_multiplier is None:
                 o.width_multiplier = infer_width(o.model, next(iter(loaded.values())))
     fill_defaults(o)
+    if made_with.get("partition_digest") not in (None, vars(o).get("partition_digest")):
+        raise ValueError(f"--partition_file {o.partition_file} has changed since {ckp} was made: restore it")
     return ckp, made_with, loaded
 
 

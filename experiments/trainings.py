@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from argparse import Namespace
 from pathlib import Path
 
 from data.partition import PARTITIONS, asks_for
 from experiments.checkpoints import checkpoint_folder
 from experiments.options import OPTIONS, TRAIN, Option, free, usual
-from storage.files import load_yaml, read_rows
+from storage.files import load_yaml, open_regular, read_rows
 
 TABLE = "model_accuracies.csv"
 COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
@@ -20,6 +21,9 @@ def fill_defaults(options: Namespace) -> None:
     for option in OPTIONS:
         if option.inherited:
             _fill(options, option)
+    if options.partition_file:  # a path says nothing of what has been changed in the file
+        with open_regular(Path(options.partition_file)) as file:
+            options.partition_digest = hashlib.sha256(file.read()).hexdigest()[:12]
     if options.dataset != "tinyimgnt":
         options.imgntdir = None
     if options.optim == "adam" and options.momentum:

@@ -65,6 +65,28 @@ def test_a_folder_from_before_an_option_existed_is_finished_too(tmp_path):
     assert "norm" not in merged.stdout
 
 
+def test_a_partition_from_a_file_holds_from_the_first_epoch_to_the_last(tmp_path):
+    def write(numbers: np.ndarray) -> None:
+        np.savetxt(tmp_path / "mine.csv", numbers, delimiter=",")
+
+    shares = np.full((2, 10), 0.5)
+    data = [*TINY, "--num_models=2", "--batch_size=50"]
+    write(shares)
+    run = [*data, "--data_dist=file", "--partition_file=mine.csv", "--epochs=1"]
+    folder = folder_of(script("train", *run, cwd=tmp_path), tmp_path)
+    assert "partition_file=mine.csv" in str(folder)
+    main = [*data, f"--ckp={folder}", "--opt=WA", "--merg_itr=2", "--match_samples=50"]
+    script("main", *main, cwd=tmp_path)
+    shares[:, 0] = 1, 0
+    write(shares)
+    for name, arguments in (("train", run), ("main", [*main, "--resume"]), ("main", [*main, "--seed=1"])):
+        refused = script(name, *arguments, cwd=tmp_path, check=False)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+        assert "partition_digest" in refused.stderr or "mine.csv has changed since" in refused.stderr
+    (tmp_path / "mine.csv").unlink()
+    assert "mine.csv" in script("main", *main, cwd=tmp_path, check=False).stderr
+
+
 @pytest.mark.parametrize("norm", ["group", "evonorm"])
 def test_models_without_batch_norm_are_trained_merged_and_mixed(tmp_path, norm):
     data = [*TINY, "--num_models=2", "--batch_size=50"]
