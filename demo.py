@@ -16,7 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from reports.drawing import LABELS, accuracy_figure
+from reports.drawing import LABELS, accuracy_figure, save_figure
+from reports.partitions import counts_of, partition_figure
 from reports.runs import Curve, accuracy_curve, read_metrics
 from utils.progress import print_anywhere
 
@@ -85,6 +86,15 @@ def run_distribution(options: argparse.Namespace, distribution: str) -> dict[str
     return curves
 
 
+def data_figure(options: argparse.Namespace) -> Path:
+    """Draw which agent has how much of what, beside the demo's picture; the file."""
+    path = options.out.with_name(f"{options.out.stem}_data{options.out.suffix}")
+    panels = [counts_of({"dataset": "digits", "num_models": options.agents, "data_dist": name, "seed": options.seed})
+              for name in DISTRIBUTIONS]
+    save_figure(partition_figure(dict(panels)), path)
+    return path
+
+
 def verdict(curves: dict[str, Curve]) -> str:
     """Who is ahead after the last merge, in a sentence."""
     final = {method: float(curve.mean[-1]) for method, curve in curves.items()}
@@ -122,7 +132,8 @@ def main() -> None:
         "mean (line), lowest to highest agent (band)"
     )
     accuracy_figure(panels, options.out, caption)
-    print(f"\n{table(results)}\n\npicture: {options.out} ({time.perf_counter() - start:.0f} s)")
+    print(f"\n{table(results)}\n\nwho has what: {data_figure(options)}")
+    print(f"picture: {options.out} ({time.perf_counter() - start:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from agents import partial
-from agents.local import DataSettings, LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
+from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from experiments.checkpoints import check_state, checkpoint_folder
 from experiments.options import train_parser
 from experiments.parsing import parse, pick_device
@@ -76,7 +76,7 @@ def run(o: Namespace, command: str) -> Path:
         return done
     fill_defaults(o)
     device = pick_device(o.device)
-    dataset, parts, _ = load_agents_data(DataSettings.of(vars(o)), device)
+    dataset, parts, _ = load_agents_data(vars(o), device)
     template = new_model(ModelSettings.of(vars(o)), dataset, seed=0)
     folder = checkpoint_folder(vars(o))
     with claim(folder):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from data.batches import Batches
-from data.datasets import Dataset, load_dataset
-from data.partition import make_partition
+from data.datasets import Dataset
+from data.noise import with_feature_noise
+from experiments.dealing import deal, seed_of_data
 from models import build_model, training
 from utils.memory import memory_format
 from utils.progress import progress
@@ -23,27 +25,10 @@ EVAL_BATCH = 500
 
 
 @dataclass(frozen=True)
-class DataSettings(FromOptions):
-    """Which images there are, and how they are dealt to the agents."""
-
-    dataset: str
-    data_dir: str
-    imgntdir: str | None
-    train_samples: int
-    test_samples: int
-    holdout: int
-    data_dist: str
-    num_models: int
-    alpha: float | None
-    phase: str
-    partition_seed: int | None
-    seed: int
-
-
-@dataclass(frozen=True)
 class ModelSettings(FromOptions):
     model: str
     width_multiplier: int
+    norm: str = "batch"
 
 
 @dataclass(frozen=True)
@@ -62,18 +47,20 @@ class TrainSettings(FromOptions):
     seed: int
 
 
-def load_agents_data(s: DataSettings, device: torch.device,
+def load_agents_data(options: Mapping[str, Any], device: torch.device,
                      only: Collection[int] | None = None) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
     """The data set on `device` and the indices of every agent's training and test images.
 
-    only: agents besides whose training images none is kept (the others have no indices then).
+    options: those of the data; a partition may have some of its own. only: agents besides whose training images none
+    is kept (the others have no indices then).
     """
-    dataset = load_dataset(s.dataset, s.data_dir, s.imgntdir, s.train_samples, s.holdout, s.test_samples)
-    seed = s.seed if s.partition_seed is None else s.partition_seed
-    train_parts, test_parts = make_partition(
-        s.data_dist, dataset.train.labels.numpy(), dataset.test.labels.numpy(), s.num_models,
-        num_classes=dataset.num_classes, alpha=s.alpha or 0.5, seed=seed, phase=s.phase)
-    if only is not None and len(only) < s.num_models:
+    dataset, train_parts, test_parts = deal(options)
+    num_agents, strength = options["num_models"], options["feature_noise"]
+    if strength:
+        noisy = range(num_agents) if only is None else only
+        dataset = with_feature_noise(dataset, {i: train_parts[i] for i in noisy}, num_agents, strength,
+                                     seed_of_data(options))
+    if only is not None and len(only) < num_agents:
         kept = np.sort(np.concatenate([train_parts[i] for i in only]))
         dataset = dataset.with_only(kept)
         train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
@@ -82,7 +69,7 @@ def load_agents_data(s: DataSettings, device: torch.device,
 
 def new_model(s: ModelSettings, dataset: Dataset, seed: int | None = None) -> nn.Module:
     return build_model(s.model, dataset.num_classes, in_channels=dataset.in_channels,
-                       image_size=dataset.image_size, width_multiplier=s.width_multiplier, seed=seed)
+                       image_size=dataset.image_size, width_multiplier=s.width_multiplier, norm=s.norm, seed=seed)
 
 
 class LocalTrainer:

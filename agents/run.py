@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.local import DataSettings, LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
+from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from data.datasets import Dataset
 from experiments.checkpoints import State, check_state, digest, digest_of_all
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
@@ -222,7 +222,7 @@ def first_agents(options: Mapping[str, Any], network: Network, device: torch.dev
     all_images: whether other agents' training images are kept too.
     """
     model = ModelSettings.of(options)
-    dataset, train_parts, test_parts = load_agents_data(DataSettings.of(options), device,
+    dataset, train_parts, test_parts = load_agents_data(options, device,
                                                         None if all_images else network.agents)
     first = FirstModels.of({**options, "ckp": ckp, "loaded": loaded}).make(model, dataset, network.agents)
     states = {i: {k: t.to(device) for k, t in state.items()} for i, state in first.items()}

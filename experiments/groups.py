@@ -11,7 +11,7 @@ import torch
 from experiments.parsing import number, parser, path
 from merging.drawing import plot
 from merging.permutation import derive_spec, describe
-from models import build_model
+from models import NORMS, build_model
 from utils.progress import command
 
 KINDS = (".png", ".pdf", ".svg")
@@ -27,12 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--image_size", type=count, default=32, metavar="N", help="pixels on a side")
     p.add_argument("--in_channels", type=count, default=3, metavar="N", help="channels of an image")
     p.add_argument("--width_multiplier", type=count, default=8, metavar="W", help="width of resnet20 and vgg16")
+    p.add_argument("--norm", choices=NORMS, default="batch", help="norm of resnet20, vgg16 and resnet50")
     p.add_argument("--plot", type=path, metavar="FILE.png", help="draw the groups over the layers (png, pdf, svg)")
     o = p.parse_args(argv)
     if o.plot and Path(o.plot).suffix.lower() not in KINDS:
         raise ValueError(f"--plot {o.plot}: give a name that ends in {', '.join(KINDS)}")
     model = build_model(o.model, o.num_classes, in_channels=o.in_channels, image_size=o.image_size,
-                        width_multiplier=o.width_multiplier)
+                        width_multiplier=o.width_multiplier, norm=o.norm)
     spec = derive_spec(model, torch.empty(1, o.in_channels, o.image_size, o.image_size))
     print(describe(spec))
     if o.plot:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data.datasets import DATASETS
-from data.partition import PARTITIONS
+from data.partition import PARTITIONS, asks_for
 from experiments.parsing import boolean, exchange, number, parser, path
-from models import MODELS
+from models import MODELS, NORMS
 from models.training import LOSSES
 from network.processes import BACKENDS, STARTING
 from network.topology import DIRECTED, EXPS, TOPOLOGIES
@@ -74,6 +74,16 @@ class Option:
     read: str = ""
     elsewhere: bool = False
     rare: bool = False
+
+    @property
+    def fallback(self) -> Any:
+        """`otherwise` as a value; None where it is said in words."""
+        if self.kind is path or not callable(self.kind):
+            return None if self.kind is path else self.otherwise
+        try:
+            return self.kind(self.otherwise)
+        except argparse.ArgumentTypeError:
+            return None
 
     def of(self, field: str, script: str) -> Any:
         """`kind`, `default`, ... in a script."""
@@ -142,6 +152,11 @@ def deals_by_another_seed(o: Settings) -> bool:
     return o.get("partition_seed") not in (None, o["seed"])
 
 
+def asked_for(name: str) -> Callable[[Settings], bool]:
+    """Whether the partition asks for this option; one that isn't registered (any more) may."""
+    return lambda o: o.get("data_dist") not in PARTITIONS or name in asks_for(o["data_dist"])
+
+
 def is_baseline(o: Settings) -> bool:
     return "num_epochs" in o
 
@@ -204,8 +219,25 @@ OPTIONS = (
            usual=0, handed_on=True),
     Option("holdout", "data", "keep N training images from training and evaluate on them instead of the test set, to "
            "choose settings by", COUNT, metavar="N", usual=0, inherited=True, otherwise="0", handed_on=True),
-    Option("alpha", "data", "concentration of --data_dist=dirichlet; small = each agent has few classes", POSITIVE,
-           usual=None, inherited=True, otherwise="0.5", handed_on=True, read="where said", elsewhere=True),
+    Option("alpha", "data", "concentration of the Dirichlet partitions; small = each agent has few classes (quantity: "
+           "sizes that are far apart)", POSITIVE, usual=None, inherited=True, otherwise="0.5", handed_on=True,
+           matters=asked_for("alpha"),
+           read="where said", elsewhere=True),
+    Option("classes_per_agent", "data", "classes of each agent (--data_dist=classes) or shards of each (shards)",
+           number(int, 1), metavar="K", usual=None, inherited=True, otherwise="2", handed_on=True,
+           matters=asked_for("classes_per_agent")),
+    Option("min_images", "data", "draw a Dirichlet partition anew until each agent has M images", number(int, 1),
+           metavar="M", usual=1, inherited=True, otherwise="1", handed_on=True, matters=asked_for("min_images"),
+           rare=True),
+    Option("size_ratio", "data", "--data_dist=exponential: how many times as many images the first agent has as the "
+           "last", number(float, 1), metavar="R", usual=None, inherited=True, otherwise="10", handed_on=True,
+           matters=asked_for("size_ratio"), rare=True),
+    Option("partition_file", "data", "--data_dist=file: CSV or npy file with a row for each agent and a column for "
+           "each class, of shares of the class or of numbers of images", path, metavar="FILE", usual=None,
+           inherited=True, handed_on=True, matters=asked_for("partition_file"), rare=True),
+    Option("feature_noise", "data", "standard deviation of Gaussian noise on the last agent's training images, the "
+           "others have less; black to white is 1", number(float, 0, 100), metavar="S", usual=0.0, inherited=True,
+           otherwise="0", handed_on=True, rare=True),
     Option("partition_seed", "data", "seed of the partition", COUNT, usual=None, inherited=True,
            otherwise="the run's seed", matters=deals_by_another_seed, rare=True),
     Option("phase", "data", "which half of the data --data_dist=non-iid-PF deals", ["pretrain", "finetune"],
@@ -215,6 +247,8 @@ OPTIONS = (
            free=True, handed_on=True, rare=True),
     Option("model", "model", f"architecture: {', '.join(MODELS)} or tv:NAME for any torchvision classifier",
            default="resnet20", metavar="NAME", handed_on=True, read="always", elsewhere=True),
+    Option("norm", "model", "normalisation of resnet20, vgg16 and resnet50 (which has no evonorm); group and evonorm "
+           "don't depend on the batch", list(NORMS), usual="batch", inherited=True, otherwise="batch", handed_on=True),
     Option("epochs", "training", {TRAIN: "epochs of training", MAIN: "local epochs of an iteration",
                                   BASE: "epochs in all"}, {TRAIN: COUNT, MAIN: COUNT, BASE: number(int, 1)},
            {TRAIN: 100, MAIN: 2, BASE: 200}, matters=lambda o: trains(o) and not is_baseline(o),  # may be made longer
@@ -381,6 +415,18 @@ def silent(o: Settings) -> set[str]:
     return set(names(lambda option: script in option.scripts and not option.matters(o)))
 
 
+def dealt(o: Settings) -> str:
+    """'dirichlet 0.5', 'classes 2': how the data is dealt, with what the partition asked for."""
+    partition = o["data_dist"]
+    asked = asks_for(partition) if partition in PARTITIONS else {"alpha"}
+    said = {option.name: o[option.name] for option in OPTIONS if option.inherited and option.name in asked
+            and o.get(option.name) not in (None, option.usual)}
+    values = [(key, f"{value:g}" if isinstance(value, int | float) else Path(str(value)).name)
+              for key, value in said.items()]
+    return ", ".join([" ".join([partition, *(value for _, value in values[:1])]),
+                      *(f"{key}={value}" for key, value in values[1:])])
+
+
 def usual(script: str) -> dict[str, Any]:
     """Option -> the value that a path doesn't say, in the order in which paths say others."""
     return {option.name: option.of("usual", script) for option in OPTIONS
@@ -392,8 +438,9 @@ SHORT = {option.name: option.short for option in OPTIONS if option.short}
 
 def variant(options: Settings, script: str) -> str:
     """'width=1,alpha=0.5' for the options that differ from the usual; '' if none does."""
-    if options.get("imgntdir"):  # the folder's name says which data set it is, not where it lies
-        options = {**options, "imgntdir": Path(options["imgntdir"]).resolve().name}
+    # A file's or folder's name says which one it is, not where it lies.
+    paths = [option.name for option in OPTIONS if option.kind is path and option.usual is not NEVER]
+    options = {**options, **{key: Path(options[key]).resolve().name for key in paths if options.get(key)}}
     return ",".join(f"{SHORT.get(key, key)}={options[key]}" for key, value in usual(script).items()
                     if key in options and options[key] not in (None, value))
 
@@ -402,15 +449,18 @@ def variant(options: Settings, script: str) -> str:
 # Command lines
 
 
-def add_to(p: argparse.ArgumentParser, script: str) -> None:
-    """All options of a script, in groups."""
+def add_to(p: argparse.ArgumentParser, script: str, only: Collection[str] | None = None) -> None:
+    """All options of a script, in groups; `only` some of them: these are None where they aren't given."""
     for title in GROUPS:
-        options = [option for option in OPTIONS
-                   if option.group == title and script in option.scripts and not option.derived]
+        options = [option for option in OPTIONS if option.group == title and script in option.scripts
+                   and not option.derived and (only is None or option.name in only)]
         group = p.add_argument_group(title) if options else None
         for option in options:
-            action = group.add_argument(*_flags(option, script), dest=option.name, **_how(option, script))
-            action.whole_help, action.help = action.help, argparse.SUPPRESS if option.rare else action.help
+            how = _how(option, script) | ({} if only is None else {"default": None})
+            action = group.add_argument(*_flags(option, script), dest=option.name, **how)
+            action.whole_help = action.help
+            if option.rare and only is None:
+                action.help = argparse.SUPPRESS
 
 
 def _flags(option: Option, script: str) -> list[str]:
@@ -421,7 +471,7 @@ def _how(option: Option, script: str) -> dict[str, Any]:
     kind, default, text = (option.of(field, script) for field in ("kind", "default", "help"))
     if option.name == "num_models" and script != TRAIN:
         default = launched_agents() or default
-    if option.inherited:
+    if option.inherited and option.otherwise:
         text += f" (default: {'what the checkpoint was made with, else ' * (script != TRAIN)}{option.otherwise})"
     how = {"default": default, "help": text}
     if kind is boolean:

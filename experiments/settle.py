@@ -44,6 +44,8 @@ def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, 
             if o.width_multiplier is None:
                 o.width_multiplier = infer_width(o.model, next(iter(loaded.values())))
     fill_defaults(o)
+    if made_with.get("partition_digest") not in (None, vars(o).get("partition_digest")):
+        raise ValueError(f"--partition_file {o.partition_file} has changed since {ckp} was made: restore it")
     return ckp, made_with, loaded
 
 
@@ -53,7 +55,8 @@ def pretraining(o: Namespace, made_with: dict) -> dict:
         "pretrain_epochs": made_with.get("epochs"),
         "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
         "pretrain_init": "same" if made_with.get("init_seed") else None,
-        "pretrain_loss": loss if (loss := made_with.get("loss") or LOSSES[0]) != o.loss else None,
+        "pretrain_loss": loss if (loss := made_with.get("loss") or LOSSES[0]) != (
+            (o.training and o.loss) or LOSSES[0]) else None,
     }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from argparse import Namespace
 from pathlib import Path
 
 from data.datasets import READ_NO_FOLDER
+from data.partition import PARTITIONS, asks_for
 from experiments.checkpoints import checkpoint_folder
-from experiments.options import free
-from storage.files import load_yaml, read_rows
+from experiments.options import OPTIONS, TRAIN, Option, free, usual
+from storage.files import load_yaml, open_regular, read_rows
 
 TABLE = "model_accuracies.csv"
 COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all_classes_accuracy")
@@ -17,21 +19,28 @@ COLUMNS = ("agent", "train_accuracy", "train_loss", "own_classes_accuracy", "all
 
 def fill_defaults(options: Namespace) -> None:
     """Settle what may be inherited from a checkpoint and was not."""
-    defaults = {"data_dist": "iid", "train_samples": 0, "holdout": 0, "width_multiplier": 8,
-                "loss": "cross_entropy", "adjust_tau": 1.0}
-    for key, value in defaults.items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
-    if options.data_dist == "dirichlet" and options.alpha is None:
-        options.alpha = 0.5
-    if options.data_dist != "dirichlet" and options.alpha is not None:
-        raise ValueError(f"--alpha belongs to --data_dist=dirichlet, not to {options.data_dist}")
+    for option in OPTIONS:
+        if option.inherited:
+            _fill(options, option)
+    if options.partition_file:  # a path says nothing of what has been changed in the file
+        with open_regular(Path(options.partition_file)) as file:
+            options.partition_digest = hashlib.sha256(file.read()).hexdigest()[:12]
     if options.dataset in READ_NO_FOLDER:
         options.imgntdir = None
     if options.optim == "adam" and options.momentum:
         raise ValueError(f"--momentum {options.momentum} has no effect with --optim=adam: use --optim=sgd")
     if options.overwrite and (vars(options).get("resume") or vars(options).get("merg_itr_init")):
         raise ValueError("--overwrite deletes what --resume and --merg_itr_init continue from: leave one out")
+
+
+def _fill(options: Namespace, option: Option) -> None:
+    """Give an option that has a say its value. Raises ValueError for one that the partition has no use for."""
+    given, has_say = getattr(options, option.name), option.matters(vars(options))
+    askers = [name for name in PARTITIONS if option.name in asks_for(name)]
+    if given is None and has_say:
+        setattr(options, option.name, option.fallback)
+    if given is not None and not has_say and askers:
+        raise ValueError(f"--{option.name} belongs to --data_dist={', '.join(askers)}, not to {options.data_dist}")
 
 
 def describe_training(o: Namespace) -> dict:
@@ -55,5 +64,7 @@ def finished(o: Namespace) -> Path | None:
     fill_defaults(o)
     folder = checkpoint_folder(vars(o))
     config, old = describe_training(o), load_yaml(folder / "config.yaml")
+    # What an old folder doesn't say is younger than it, and had the usual value.
+    config = {key: value for key, value in config.items() if key in old or value not in (None, usual(TRAIN).get(key))}
     done = not o.overwrite and old and old == old | config and len(rows_of_finished(folder)) == o.num_models
     return folder if done else None

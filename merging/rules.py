@@ -22,6 +22,7 @@ from merging.units import RANKS, Layout, Shape, varied
 from merging.watch import Call, tensors_of
 
 RULES: dict[str, Rule] = {}
+STATISTICS = {"var", "std", "var_mean", "std_mean"}  # norms take them: they are no reason to look at the units there
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -64,7 +65,7 @@ def _reduce(trace: Trace, call: Call, input: Tensor, dim: Any = None, *_: Any, *
     dims = _dims(None if isinstance(dim, bool) else dim, input.ndim)  # std(unbiased)
     if call.name in ("max", "min", "median") and len(call.results) > 1:  # and where they were found
         trace.plain(input, dims, call.name + here())
-    for labels in trace.layout(input):
+    for labels in () if call.name in STATISTICS else trace.layout(input):
         if varied(labels) & set(dims) and varied(labels) - set(dims):
             trace.read(call, input, labels, call.name)  # maxout: only a part of the units in a block may count
     keepdim = call.results[0].ndim == input.ndim

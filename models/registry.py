@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-# builder(num_classes, *, in_channels, image_size, width_multiplier) -> nn.Module
+# builder(num_classes, *, in_channels, image_size, width_multiplier) -> nn.Module; with a choice of norms also `norm`
 ModelBuilder = Callable[..., nn.Module]
 MODELS: dict[str, ModelBuilder] = {}
 

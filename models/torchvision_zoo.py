@@ -4,6 +4,7 @@ torchvision itself is imported by those who use it: that takes longer than all t
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,15 +31,17 @@ def zoo_builder(name: str) -> ModelBuilder:
 
 
 def build_from_zoo(
-    zoo_name: str, num_classes: int, *, in_channels: int = 3, image_size: int = 224, width_multiplier: int = 1
+    zoo_name: str, num_classes: int, *, in_channels: int = 3, image_size: int = 224, width_multiplier: int = 1,
+    **options: Any,
 ) -> nn.Module:
     """torchvision's model with a head for `num_classes` and a first convolution for `in_channels`; one width only.
 
+    options: torchvision's own.
     Raises ValueError if the model cannot take square images of `image_size`, naming a size that it can.
     """
     import torchvision.models
 
-    options = _size_options(zoo_name, image_size)
+    options |= _size_options(zoo_name, image_size)
     if zoo_name in ("googlenet", "inception_v3"):
         # Auxiliary heads would make the output a tuple; init_weights is the architecture's own initialisation.
         options |= {"aux_logits": False, "init_weights": True}

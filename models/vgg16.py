@@ -1,7 +1,8 @@
-"""VGG16 with BatchNorm and one linear classifier, for 32x32 images and larger."""
+"""VGG16 with norms and one linear classifier, for 32x32 images and larger."""
 
 from torch import Tensor, nn
 
+from models.norms import norm_before_relu, relu_after
 from models.registry import register_model
 
 POOL = 0
@@ -11,13 +12,14 @@ REDUCTION = 2 ** LAYOUT.count(POOL)
 
 
 class VGG16(nn.Module):
-    """13 times conv + BatchNorm + ReLU, then a linear layer: (B, C, S, S) -> (B, num_classes), S = `image_size`.
+    """13 times conv + norm + ReLU, then a linear layer: (B, C, S, S) -> (B, num_classes), S = `image_size`.
 
     The classifier reads 64 * width_multiplier * (S // 32)**2 features.
     Source: Simonyan and Zisserman 2015 (arXiv 1409.1556), configuration D, with the head of DIMAT (arXiv 2404.08079).
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, width_multiplier: int = 8):
+    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, width_multiplier: int = 8,
+                 kind: str = "batch"):
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
@@ -26,7 +28,8 @@ class VGG16(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             else:
                 width = item * width_multiplier
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, width, 3, padding=1), norm_before_relu(kind, width),
+                           relu_after(kind, inplace=True)]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels * (image_size // REDUCTION) ** 2, num_classes)
@@ -36,11 +39,15 @@ class VGG16(nn.Module):
 
 
 @register_model("vgg16")
-def build_vgg16(num_classes: int, *, in_channels: int, image_size: int, width_multiplier: int) -> VGG16:
-    """VGG16 of width `width_multiplier`; raises ValueError below 32x32, where the poolings leave nothing."""
+def build_vgg16(num_classes: int, *, in_channels: int, image_size: int, width_multiplier: int,
+                norm: str = "batch") -> VGG16:
+    """VGG16 of width `width_multiplier` with a norm of `models.norms`.
+
+    Raises ValueError below 32x32, where the poolings leave nothing.
+    """
     if image_size < REDUCTION:
         raise ValueError(
             f"vgg16 needs images of at least {REDUCTION}x{REDUCTION}, these are {image_size}x{image_size}; "
             "resnet20 takes any size"
         )
-    return VGG16(num_classes, in_channels, image_size, width_multiplier)
+    return VGG16(num_classes, in_channels, image_size, width_multiplier, norm)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.options import BASE, MAIN, OPTIONS, SHORT, TRAIN, free, is_baseline, names, silent, usual
+from experiments.options import BASE, MAIN, OPTIONS, SHORT, TRAIN, dealt, free, is_baseline, names, silent, usual
 from experiments.run_folder import PHASES, is_part
 from network.topology import short_name
 from storage.files import load_yaml, read_rows
@@ -118,9 +118,7 @@ class Run:
     def panel(self) -> tuple[str, ...]:
         """(data set, model, topology, agents, data distribution): runs that share it can be drawn together."""
         config = self.config
-        dirichlet = config["data_dist"] == "dirichlet" and config.get("alpha") is not None
-        data_dist = f"dirichlet {config['alpha']:g}" if dirichlet else config["data_dist"]
-        return (config["dataset"], config["model"], short_name(config["topology"]), str(self.agents), data_dist)
+        return (config["dataset"], config["model"], short_name(config["topology"]), str(self.agents), dealt(config))
 
     @property
     def last(self) -> int:

@@ -145,7 +145,7 @@ def test_the_commands_are_found():
     """Of each kind one, as nothing is tested where nothing is found."""
     assert {module for _, module, _ in COMMANDS} >= {
         "make", "train", "main", "base_lines", "demo", "experiments.sweep", "experiments.groups", "experiments.collect",
-        "reports.tables", "reports.plots", "benchmarks.scale"}
+        "reports.tables", "reports.plots", "reports.partitions", "benchmarks.scale"}
 
 
 def test_a_command_with_an_unknown_option_does_not_parse(monkeypatch, capsys):
@@ -333,6 +333,16 @@ def test_the_command_lines_offer_what_the_examples_register(run, tmp_path):
     stepped = script("base_lines", *run_of, "--opt=SIGN", "--epochs=1", "--num_epochs=1", cwd=tmp_path)
     for result, method in ((merged, "RANDOM"), (stepped, "SIGN")):
         assert f"bright_digits/mlp/sorted/trained/{method}/line_3/" in folder_of(result, tmp_path).as_posix()
+
+
+def test_the_table_of_the_options_deals_the_images(tmp_path):
+    (where, content), = examples("csv")
+    assert where == "docs/options.md: Partitions"
+    (tmp_path / "mine.csv").write_text(content)
+    labels = np.repeat(np.arange(4), 50)
+    train, _ = make_partition("file", labels, labels, 4, num_classes=4, partition_file=str(tmp_path / "mine.csv"))
+    assert [np.bincount(labels[part], minlength=4).tolist() for part in train] == [
+        [25, 25, 0, 0], [25, 25, 0, 0], [0, 0, 45, 5], [0, 0, 5, 45]]
 
 
 def test_the_graph_of_the_options_is_one(tmp_path):

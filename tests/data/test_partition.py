@@ -22,13 +22,33 @@ def counts(parts, labels):
     return np.stack([np.bincount(labels[indices], minlength=CLASSES) for indices in parts])
 
 
+@pytest.fixture
+def table(tmp_path):
+    """Writes a matrix into a file: its path."""
+    def write(name: str, numbers) -> str:
+        file = tmp_path / name
+        if file.suffix == ".npy":
+            np.save(file, numbers)
+        else:
+            rows = np.asarray(numbers).tolist()
+            file.write_text("\n".join(", ".join(map(str, row)) for row in rows) + "\n\n")
+        return str(file)
+    return write
+
+
+def assert_test_images_are_of_own_classes(train, test):
+    for own, tested in zip(counts(train, TRAIN), counts(test, TEST), strict=True):
+        assert not tested[own == 0].any()
+
+
 def assert_covers(parts, expected):
     assert all((np.diff(indices) > 0).all() and len(indices) for indices in parts)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), expected)
 
 
 @pytest.mark.parametrize("num_agents", AGENTS)
-@pytest.mark.parametrize("name", ["iid", "non-iid", "dirichlet"])
+@pytest.mark.parametrize("name", ["iid", "non-iid", "dirichlet", "dirichlet-balanced", "shards", "quantity",
+                                  "exponential"])
 def test_every_image_goes_to_exactly_one_agent(name, num_agents):
     train, test = partition(name, num_agents)
     assert len(train) == len(test) == num_agents
@@ -119,16 +139,18 @@ def test_an_agent_given_its_only_test_image_trains_on_that_class():
 
 
 @pytest.mark.parametrize("name", sorted(PARTITIONS))
-def test_the_same_arguments_give_the_same_partition_and_leave_them_alone(name):
+def test_the_same_arguments_give_the_same_partition_and_leave_them_alone(name, table):
     train, test, state = TRAIN.copy(), TEST.copy(), np.random.get_state()[1].copy()
-    first, second = (partition(name, 5, train, test, seed=3) for _ in range(2))
+    options = {"partition_file": table("numbers.csv", np.full((5, CLASSES), 0.2))} if name == "file" else {}
+    first, second = (partition(name, 5, train, test, seed=3, **options) for _ in range(2))
     for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(train, TRAIN)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
 
 
-@pytest.mark.parametrize("name", ["iid", "dirichlet", "non-iid"])
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "non-iid", "dirichlet-balanced", "classes", "shards", "quantity",
+                                  "exponential"])
 def test_the_seed_decides_except_for_non_iid(name):
     (a, _), (b, _) = (partition(name, 5, seed=seed) for seed in (0, 1))
     same = all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -138,7 +160,7 @@ def test_the_seed_decides_except_for_non_iid(name):
 @pytest.mark.parametrize(
     "name, num_agents, options, message",
     [
-        ("sorted", 5, {}, "choose from dirichlet, iid, non-iid, non-iid-PF"),
+        ("sorted", 5, {}, "choose from classes, dirichlet, dirichlet-balanced, exponential, file, iid"),
         ("iid", 0, {}, "at least one"),
         ("iid", len(TEST) + 1, {}, "cannot share"),
         ("dirichlet", 5, {"alpha": 0.0}, "alpha is 0.0"),
@@ -148,8 +170,189 @@ def test_the_seed_decides_except_for_non_iid(name):
         ("non-iid-PF", 5, {"phase": "later"}, "choose from pretrain, finetune"),
         ("non-iid", 150, {}, "would get no test image"),
         ("iid", 5, {"train": TRAIN + 1}, "expected 0 to 9"),
+        ("classes", 5, {"classes_per_agent": 11}, "--classes_per_agent 11: there are 10 classes"),
+        ("classes", 5, {"classes_per_agent": 0}, "--classes_per_agent 0"),
+        ("classes", 4, {}, "4 agents with 2 classes each can't hold all 10: use --classes_per_agent=3 or more"),
+        ("classes", 200, {"train": TRAIN[:200], "test": TRAIN}, "would get no training image: use fewer"),
+        ("shards", 5, {"classes_per_agent": 0}, "can't be cut into 5 x 0 shards"),
+        ("shards", 5, {"classes_per_agent": 200}, "735 training images can't be cut into 5 x 200 shards"),
+        ("dirichlet", 5, {"min_images": 148}, "--min_images 148: 5 agents share 735 training images"),
+        ("dirichlet", 20, {"alpha": 0.01, "min_images": 30}, "=0.01: in 1000 draws some agent always has fewer"),
+        ("quantity", 5, {"alpha": 1e-3, "min_images": 100}, "quantity --alpha=0.001: in 1000 draws some agent"),
+        ("exponential", 5, {"size_ratio": 0.5}, "--size_ratio 0.5: it must be"),
+        ("exponential", 5, {"size_ratio": float("nan")}, "--size_ratio nan"),
+        ("file", 5, {}, "--data_dist=file needs --partition_file"),
     ],
 )
 def test_errors_say_what_is_wrong(name, num_agents, options, message):
     with pytest.raises(ValueError, match=message):
         partition(name, num_agents, **options)
+
+
+# Partitions of unlike agents
+
+
+@pytest.mark.parametrize("num_agents, per_agent", [(1, 10), (2, 5), (5, 2), (7, 3), (10, 1), (20, 2), (33, 4), (5, 10)])
+def test_classes_gives_every_agent_as_many_and_shares_them_evenly(num_agents, per_agent):
+    train, test = partition("classes", num_agents, classes_per_agent=per_agent, seed=4)
+    assert_covers(train, np.arange(len(TRAIN)))
+    assert_covers(test, np.arange(len(TEST)))
+    held = counts(train, TRAIN)
+    assert ((held > 0).sum(axis=1) == per_agent).all()
+    holders = (held > 0).sum(axis=0)
+    assert holders.min() >= 1 and np.ptp(holders) <= 1
+    for of_class in held.T:
+        assert np.ptp(of_class[of_class > 0]) <= 1
+    assert_test_images_are_of_own_classes(train, test)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(0, 10**6))
+def test_classes_for_any_number_of_agents(num_agents, per_agent, seed):
+    if num_agents * per_agent < CLASSES:
+        with pytest.raises(ValueError, match="can't hold all 10"):
+            partition("classes", num_agents, classes_per_agent=per_agent, seed=seed)
+        return
+    train, _ = partition("classes", num_agents, np.repeat(TRAIN, 5), classes_per_agent=per_agent, seed=seed)
+    held = counts(train, np.repeat(TRAIN, 5)) > 0
+    assert (held.sum(axis=1) == per_agent).all() and np.ptp(held.sum(axis=0)) <= 1
+
+
+def test_classes_are_not_always_shared_by_the_same_agents():
+    held = counts(partition("classes", 20)[0], TRAIN) > 0
+    assert len({tuple(row) for row in held}) > 5  # a fixed order of classes would make five pairs
+
+
+@pytest.mark.parametrize("num_agents, per_agent", [(1, 1), (5, 2), (10, 2), (7, 3), (100, 1)])
+def test_shards_are_equal_and_of_few_classes(num_agents, per_agent):
+    train, test = partition("shards", num_agents, classes_per_agent=per_agent)
+    assert np.ptp([len(part) for part in train]) <= per_agent
+    length = len(TRAIN) / (num_agents * per_agent)
+    most = np.ceil(length / 60) + 1  # classes that a shard reaches into
+    assert ((counts(train, TRAIN) > 0).sum(axis=1) <= per_agent * most).all()
+    if num_agents < 50:
+        assert_test_images_are_of_own_classes(train, test)
+
+
+def test_shards_need_an_image_each():
+    train, _ = partition("shards", 5, TRAIN[:10], classes_per_agent=2)
+    assert [len(part) for part in train] == [2] * 5
+
+
+@pytest.mark.parametrize("name, options", [("quantity", {"alpha": 0.5}), ("exponential", {"size_ratio": 8})])
+def test_unlike_sizes_of_like_classes(name, options):
+    for parts, labels in zip(partition(name, 5, **options), (TRAIN, TEST), strict=True):
+        table = counts(parts, labels)
+        sizes = table.sum(axis=1)
+        assert sizes.max() > 3 * sizes.min()
+        expected = np.outer(sizes, np.bincount(labels)) / len(labels)
+        assert np.abs(table - expected).max() <= 1.5
+
+
+def test_exponential_sizes_fall_by_one_factor():
+    for parts, labels in zip(partition("exponential", 4, size_ratio=27), (TRAIN, TEST), strict=True):
+        sizes = np.array([len(part) for part in parts])
+        ideal = np.array([27, 9, 3, 1]) * len(labels) / 40
+        assert np.abs(sizes - ideal).max() <= 1
+    assert np.ptp([len(part) for part in partition("exponential", 4, size_ratio=1)[0]]) <= 1
+
+
+def test_quantity_evens_out_with_alpha():
+    spread = [np.std([len(part) for part in partition("quantity", 5, alpha=alpha)[0]]) for alpha in (0.1, 1, 1e300)]
+    assert spread[0] > spread[1] > 10 > 1 > spread[2]
+
+
+@pytest.mark.parametrize("name, least", [("dirichlet", 90), ("quantity", 30)])
+def test_a_minimum_is_kept_and_a_draw_that_has_it_is_left_as_it_is(name, least):
+    seeds = range(12)
+    plain = {seed: partition(name, 5, alpha=0.7, seed=seed)[0] for seed in seeds}
+    enough = {seed for seed in seeds if min(map(len, plain[seed])) >= least}
+    assert 0 < len(enough) < len(seeds)
+    for seed in seeds:
+        train, test = partition(name, 5, alpha=0.7, min_images=least, seed=seed)
+        assert min(map(len, train)) >= least
+        assert_covers(train, np.arange(len(TRAIN)))
+        assert_covers(test, np.arange(len(TEST)))
+        same = all(np.array_equal(a, b) for a, b in zip(plain[seed], train, strict=True))
+        assert same == (seed in enough)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 0.01, 0.5, 1e300])
+@pytest.mark.parametrize("num_agents", AGENTS)
+def test_balanced_dirichlet_gives_all_equally_many(num_agents, alpha):
+    train, test = partition("dirichlet-balanced", num_agents, alpha=alpha)
+    assert_covers(train, np.arange(len(TRAIN)))
+    assert_covers(test, np.arange(len(TEST)))
+    assert np.ptp([len(part) for part in train]) <= 1
+    shares, tested = counts(train, TRAIN) / np.bincount(TRAIN), counts(test, TEST) / np.bincount(TEST)
+    if num_agents <= 5:
+        assert np.abs(shares - tested).max() < 0.13  # one image of twelve, and the rounding
+
+
+def test_balanced_dirichlet_evens_out_with_alpha():
+    spread = [counts(partition("dirichlet-balanced", 5, alpha=alpha)[0], TRAIN).std(axis=0).mean()
+              for alpha in (0.05, 1, 1e4)]
+    assert spread[0] > 1.5 * spread[1] > 3 * spread[2]
+
+
+def test_balanced_dirichlet_copes_with_a_class_that_is_absent():
+    labels = TRAIN[TRAIN != 3]
+    train, _ = partition("dirichlet-balanced", 4, labels, TEST)
+    assert_covers(train, np.arange(len(labels)))
+
+
+# From a file
+
+
+@pytest.mark.parametrize("name", ["numbers.csv", "numbers.npy"])
+def test_numbers_of_images_are_dealt_as_they_stand(table, name):
+    wanted = np.random.default_rng(1).integers(0, 15, (4, CLASSES))
+    wanted[:, 7] = 0
+    train, test = partition("file", 4, partition_file=table(name, wanted))
+    np.testing.assert_array_equal(counts(train, TRAIN), wanted)
+    assert len(np.unique(np.concatenate(train))) == wanted.sum()
+    assert_test_images_are_of_own_classes(train, test)
+    assert len(np.unique(np.concatenate(test))) == (TEST != 7).sum()  # a class that nobody trains on is nobody's
+    shares = counts(test, TEST) / np.bincount(TEST)
+    np.testing.assert_allclose(shares, wanted / np.maximum(wanted.sum(axis=0), 1), atol=0.13)
+
+
+def test_shares_are_of_each_class_and_may_leave_some_out(table):
+    shares = np.zeros((3, CLASSES))
+    shares[0], shares[1, :5], shares[2, 5:] = 0.5, 0.5, 0.25
+    train, _ = partition("file", 3, partition_file=table("shares.csv", shares))
+    assert np.abs(counts(train, TRAIN) - shares * np.bincount(TRAIN)).max() <= 1
+    assert len(np.unique(np.concatenate(train))) == sum(map(len, train))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: m[:3], "has the shape 3 x 10: 5 agents \\(rows\\) x 10 classes \\(columns\\) are needed"),
+    (lambda m: m[:, :9], "has the shape 5 x 9"),
+    (lambda m: m[0], "has the shape 10"),
+    (lambda m: np.where(np.eye(5, 10) > 0, np.nan, m), "agent 0 and class 0 is not finite: nan"),
+    (lambda m: np.where(np.eye(5, 10) > 0, np.inf, m), "not finite: inf"),
+    (lambda m: m - 0.3 * np.eye(5, 10), "agent 0 and class 0 is negative"),
+    (lambda m: m + np.eye(5, 10), "1.2 \\(agent 0, class 0\\) is no number of images"),
+    (lambda m: m + 0.1, "the shares of class 0 sum to 1.5, more than 1"),
+    (lambda m: 1000 * (m > 0), "class 0 has 60 training images, the column asks for 5000"),
+    (lambda m: 1e30 * (m > 0), "is no number of images"),
+    (lambda m: m * np.eye(5)[:, :1], "agent 1 of 5 would get no training image"),
+])
+def test_a_file_that_makes_no_sense_is_a_sentence(table, change, message):
+    file = table("numbers.npy", change(np.full((5, CLASSES), 0.2)))
+    with pytest.raises(ValueError, match=message):
+        partition("file", 5, partition_file=file)
+
+
+def test_a_file_that_is_no_table_is_a_sentence(tmp_path):
+    for name, content, message in (("a.csv", b"1,2\n3", "is no table of numbers"), ("b.csv", b"x,y", "no table of"),
+                                   ("c.npy", b"nothing", "no table of"), ("d.csv", b"", "has the shape 0"),
+                                   ("e.csv", b"\xff\xfe\xff", "no table of")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            partition("file", 5, partition_file=str(tmp_path / name))
+    np.save(tmp_path / "f.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="no table of"):
+        partition("file", 5, partition_file=str(tmp_path / "f.npy"))
+    with pytest.raises(FileNotFoundError):
+        partition("file", 5, partition_file=str(tmp_path / "none.csv"))

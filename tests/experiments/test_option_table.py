@@ -1,5 +1,6 @@
 """The one table of options: what follows from an entry, and that nothing else lists options."""
 
+import argparse
 import dataclasses
 import re
 
@@ -16,6 +17,7 @@ from experiments.options import (
     TRAIN,
     Option,
     base_lines_parser,
+    dealt,
     free,
     main_parser,
     names,
@@ -86,36 +88,73 @@ def test_the_papers_values_are_frozen():
     """Another value here would give old folders a new meaning."""
     assert list(usual(MAIN).items()) == [
         ("width_multiplier", 8), ("train_samples", 0), ("test_samples", 0), ("holdout", 0), ("alpha", None),
-        ("partition_seed", None), ("phase", None), ("imgntdir", "tiny-imagenet-200"), ("batch_size", 100),
+        ("classes_per_agent", None), ("min_images", 1), ("size_ratio", None), ("partition_file", None),
+        ("feature_noise", 0.0), ("partition_seed", None), ("phase", None), ("imgntdir", "tiny-imagenet-200"),
+        ("norm", "batch"), ("batch_size", 100),
         ("optim", "adam"), ("lr", 1e-3), ("momentum", 0.0), ("weight_decay", 0.0), ("amp", "none"),
+        ("loss", "cross_entropy"), ("adjust_tau", 1.0),
         ("match_data", "all"), ("match_samples", 0), ("match_augment", True), ("match_at", "last"),
         ("bn_reset", "both"), ("pretrain_epochs", 100), ("pretrain_seed", None), ("pretrain_init", "diff"),
+        ("pretrain_loss", None),
         ("wire", "fp32"), ("link_failure", 0.0), ("agent_failure", 0.0), ("exchanged_by", None), ("staleness", 0),
         ("match_prior", "none"), ("align", "in_turn"), ("align_every", 0), ("root", None), ("robust", "none"),
-        ("max_distance", 10.0)]
+        ("max_distance", 10.0), ("correction", "none")]
     of_steps = {"lr": 0.01, "momentum": 0.9, "lr_decay": 0.981, "mix_buffers": True, "cga_form": "paper",
                 "cga_scope": "model", "eval_bn": "running", "bn_samples": 0}
     assert usual(BASE) == {key: usual(MAIN)[key] for key in usual(BASE).keys() & usual(MAIN).keys()} | of_steps
 
 
 @pytest.mark.parametrize("flags,idle", [
-    (["--opt=DIMAT", "--training"], {"align", "align_every", "root"}),
-    (["--opt=COMMON", "--training"], set()),
-    (["--opt=WA", "--training"], {"match_at", "match_prior", "align", "align_every", "root"}),
+    (["--opt=DIMAT", "--training"], {"align", "align_every", "root", "adjust_tau"}),
+    (["--opt=COMMON", "--training"], {"adjust_tau"}),
+    (["--opt=COMMON", "--training", "--loss=adjusted"], set()),
+    (["--opt=WA", "--training"], {"match_at", "match_prior", "align", "align_every", "root", "adjust_tau"}),
     (["--opt=WA", "--training", "--bn_reset=none"], {"match_at", "match_prior", "align", "align_every", "root",
-                                                     "match_data", "match_samples", "match_augment"}),
+                                                     "match_data", "match_samples", "match_augment", "adjust_tau"}),
     (["--opt=NONE", "--training"], {"match_at", "match_prior", "align", "align_every", "root", "match_data", "wire",
-                                    "link_failure", "robust"}),
-    (["--opt=COMMON"], {"epochs", "optim", "lr", "momentum", "weight_decay", "amp"}),
+                                    "link_failure", "robust", "correction", "adjust_tau"}),
+    (["--opt=COMMON"], {"epochs", "optim", "lr", "momentum", "weight_decay", "amp", "loss", "adjust_tau",
+                      "correction"}),
 ])
 def test_options_without_a_say(flags, idle):
     o = given(MAIN, *flags) | {"data_dist": "iid"}
-    assert silent(o) == idle | {"partition_seed", "phase", "max_distance"}
+    of_other_partitions = {"alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file"}
+    assert silent(o) == idle | of_other_partitions | {"partition_seed", "phase", "max_distance"}
+
+
+@pytest.mark.parametrize("data_dist,asked", [
+    ("iid", set()), ("non-iid", set()), ("dirichlet", {"alpha", "min_images"}), ("dirichlet-balanced", {"alpha"}),
+    ("quantity", {"alpha", "min_images"}), ("classes", {"classes_per_agent"}), ("shards", {"classes_per_agent"}),
+    ("exponential", {"size_ratio"}), ("file", {"partition_file"})])
+def test_a_partition_has_the_options_that_it_asks_for(data_dist, asked):
+    every = {"alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file"}
+    o = given(TRAIN, f"--data_dist={data_dist}")
+    assert every - silent(o) == asked
+    settled = argparse.Namespace(**o)
+    fill_defaults(settled)
+    assert {key for key in every if getattr(settled, key) is not None} == asked - {"partition_file"}
+    for key in every - asked:
+        value = {"partition_file": "x.csv"}.get(key, 3)
+        with pytest.raises(ValueError, match=rf"--{key} belongs to --data_dist=.*, not to {data_dist}"):
+            fill_defaults(argparse.Namespace(**o | {key: value}))
+
+
+def test_what_is_dealt_is_said_where_it_is_not_plain():
+    config = {"data_dist": "dirichlet", "alpha": 0.5, "min_images": 1}
+    assert dealt(config) == "dirichlet 0.5" == dealt({"data_dist": "dirichlet", "alpha": 0.5})
+    assert dealt(config | {"min_images": 10}) == "dirichlet 0.5, min_images=10"
+    assert dealt({"data_dist": "classes", "classes_per_agent": 2, "alpha": None}) == "classes 2"
+    assert dealt({"data_dist": "file", "partition_file": "a/mine.csv"}) == "file mine.csv"
+    assert dealt({"data_dist": "iid"}) == "iid" and dealt({"data_dist": "of somebody"}) == "of somebody"
+    trained = given(TRAIN, "--data_dist=file", "--partition_file=a/mine.csv", "--norm=group", "--feature_noise=0.1")
+    path = str(checkpoint_folder(trained))
+    assert "partition_file=mine.csv,feature_noise=0.1,norm=group" in path
 
 
 def test_what_is_inherited_free_and_handed_on():
     assert set(names(lambda option: option.inherited)) == {
-        "data_dist", "alpha", "partition_seed", "train_samples", "holdout", "width_multiplier"}
+        "data_dist", "alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file", "feature_noise",
+        "partition_seed", "train_samples", "holdout", "width_multiplier", "norm", "loss", "adjust_tau"}
     assert {"merg_itr", "device", "results_dir", "versions"} <= free()
     assert free() & usual(MAIN).keys() == {"imgntdir"}  # where it lies; its name is said
 

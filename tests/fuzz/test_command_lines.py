@@ -40,10 +40,11 @@ COMMANDS = {
     "sweep base_lines": ("experiments.sweep", ["base_lines"]),
     "report": ("reports.tables", ["."]),
     "plots": ("reports.plots", ["."]),
+    "partitions": ("reports.partitions", ["--num_models=3"]),
     "collect": ("experiments.collect", ["."]),
     "permutation": ("experiments.groups", ["resnet20", "--width_multiplier=1"]),
 }
-SLOW = {"plots": 5, "permutation": 3}  # so many times fewer examples
+SLOW = {"plots": 5, "partitions": 5, "permutation": 3}  # so many times fewer examples
 # Other values of these start processes, or take minutes to compile.
 ONLY = {"workers": ["1", "0", "-1", "x", "", "nan", "1e3"], "compile": ["False", "x", "", "2"]}
 

@@ -467,7 +467,8 @@ def test_a_table_can_be_printed_in_ascii(add, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train", "main", "base_lines", "experiments.sweep", "reports.tables",
-                                    "reports.plots", "experiments.collect", "experiments.groups"])
+                                    "reports.plots", "reports.partitions", "experiments.collect",
+                                    "experiments.groups"])
 def test_help_can_be_printed_in_ascii(script, monkeypatch):
     """In this process: importing torch eight times takes too long."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import main
-from agents import local
 from data.partition import make_partition
+from experiments import dealing
 from experiments.options import main_parser
 from network.processes import connect, rank
 
@@ -68,7 +68,7 @@ def watch_the_wire() -> Counter:
 
 def poison_others(agents) -> None:
     """From now on, the training images of all agents but these are noise, another in every process."""
-    load = local.load_dataset
+    load = dealing.load_dataset
 
     def poisoned(*args):
         dataset = load(*args)
@@ -81,7 +81,7 @@ def poison_others(agents) -> None:
                 images[part] = torch.randint(256, images[part].shape, generator=generator, dtype=images.dtype)
         return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images))
 
-    local.load_dataset = poisoned
+    dealing.load_dataset = poisoned
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from agents.local import DataSettings, LocalTrainer, ModelSettings, load_agents_data, new_model
+from agents.local import LocalTrainer, ModelSettings, load_agents_data, new_model
 from agents.run import Phase
 from data.batches import Batches
 from data.datasets import load_dataset
@@ -61,7 +61,7 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
 def test_a_finished_run_says_so(uninterrupted, checkpoints, monkeypatch):
     home = uninterrupted.parents[9]
     before = (uninterrupted / "state.pt").stat().st_mtime_ns
-    monkeypatch.setattr("agents.local.load_dataset", None)  # it is said before any image is read
+    monkeypatch.setattr("experiments.dealing.load_dataset", None)  # it is said before any image is read
     assert "finished before" in script("main", *RUN, f"--ckp={checkpoints}", cwd=home).stdout
     assert (uninterrupted / "state.pt").stat().st_mtime_ns == before
 
@@ -152,7 +152,7 @@ def test_agents_alone_reestimate_batch_norm_on_their_own_images(checkpoints, tmp
     as_it_was = folder_of(script("main", *command, "--bn_reset=none", cwd=tmp_path), tmp_path)
     o = main_parser().parse_args(command)
     settle_options(o, range(4))
-    dataset, train_parts, _ = load_agents_data(DataSettings.of(vars(o)), torch.device("cpu"))
+    dataset, train_parts, _ = load_agents_data(vars(o), torch.device("cpu"))
     for i in range(4):
         given = torch.load(checkpoints / f"model_{i}.pth", weights_only=True)
         images = Batches(dataset, dataset.train, train_parts[i], len(train_parts[i]))

@@ -52,6 +52,58 @@ def test_a_finished_run_does_nothing(checkpoints):
     assert before == {f: f.stat().st_mtime_ns for f in checkpoints.iterdir()}
 
 
+def test_a_folder_from_before_an_option_existed_is_finished_too(tmp_path):
+    run = [*TINY, "--num_models=2", "--epochs=0"]
+    config = folder_of(script("train", *run, cwd=tmp_path), tmp_path) / "config.yaml"
+    younger = ("norm", "min_images", "classes_per_agent", "size_ratio", "partition_file", "feature_noise")
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith(younger)))
+    assert len(config.read_text().splitlines()) == len(lines) - len(younger)
+    assert "finished before" in script("train", *run, cwd=tmp_path).stdout
+    assert "finished before" not in script("train", *run, "--norm=group", cwd=tmp_path).stdout
+    merged = script("main", *TINY, "--num_models=2", f"--ckp={config.parent}", "--opt=WA", "--merg_itr=1", cwd=tmp_path)
+    assert "norm" not in merged.stdout
+
+
+def test_a_partition_from_a_file_holds_from_the_first_epoch_to_the_last(tmp_path):
+    def write(numbers: np.ndarray) -> None:
+        np.savetxt(tmp_path / "mine.csv", numbers, delimiter=",")
+
+    shares = np.full((2, 10), 0.5)
+    data = [*TINY, "--num_models=2", "--batch_size=50"]
+    write(shares)
+    run = [*data, "--data_dist=file", "--partition_file=mine.csv", "--epochs=1"]
+    folder = folder_of(script("train", *run, cwd=tmp_path), tmp_path)
+    assert "partition_file=mine.csv" in str(folder)
+    main = [*data, f"--ckp={folder}", "--opt=WA", "--merg_itr=2", "--match_samples=50"]
+    script("main", *main, cwd=tmp_path)
+    shares[:, 0] = 1, 0
+    write(shares)
+    for name, arguments in (("train", run), ("main", [*main, "--resume"]), ("main", [*main, "--seed=1"])):
+        refused = script(name, *arguments, cwd=tmp_path, check=False)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+        assert "partition_digest" in refused.stderr or "mine.csv has changed since" in refused.stderr
+    (tmp_path / "mine.csv").unlink()
+    assert "mine.csv" in script("main", *main, cwd=tmp_path, check=False).stderr
+
+
+@pytest.mark.parametrize("norm", ["group", "evonorm"])
+def test_models_without_batch_norm_are_trained_merged_and_mixed(tmp_path, norm):
+    data = [*TINY, "--num_models=2", "--batch_size=50"]
+    trained = script("train", *data, "--data_dist=classes", "--classes_per_agent=5", f"--norm={norm}", "--epochs=1",
+                     cwd=tmp_path)
+    folder = folder_of(trained, tmp_path)
+    assert f"classes_per_agent=5,norm={norm}" in str(folder)
+    state = torch.load(folder / "model_0.pth", weights_only=True)
+    assert not any("running" in key for key in state) and ("bn1.v" in state) == (norm == "evonorm")
+    for name, flags in (("main", ["--opt=DIMAT", "--merg_itr=2", "--training", "--epochs=1", "--bn_reset=both"]),
+                        ("base_lines", ["--opt=CDSGD", "--epochs=1", "--num_epochs=1"])):
+        result = script(name, *data, f"--ckp={folder}", *flags, cwd=tmp_path)
+        assert f"norm={norm}" in result.stdout
+    refused = script("main", *data, f"--ckp={folder}", "--norm=batch", "--merg_itr=1", cwd=tmp_path, check=False)
+    assert f"--norm batch contradicts --ckp {folder}, which was made with norm={norm}" in refused.stderr
+
+
 def test_the_same_initialisation_is_truly_the_same(tmp_path):
     result = script("train", *TINY, "--num_models=2", "--epochs=0", "--init_seed=True", cwd=tmp_path)
     folder = folder_of(result, tmp_path)
