@@ -34,6 +34,8 @@ from utils.progress import progress, say
 from utils.seeds import generator
 from utils.settings import FromOptions
 
+SHARED = -1
+
 
 @dataclass(frozen=True)
 class MergeSettings(FromOptions):
@@ -93,6 +95,7 @@ class MergingAgents(Agents):
     """The agents of this process, their models, what they have done so far, and the network that ties them to the rest.
 
     train_parts, test_parts: of all agents, but train_parts may be empty for those that live elsewhere.
+    model_of: agents here -> a number for their model: their own, or SHARED after a merge that served all of them.
     samples, steps: agents here -> how many they have trained with.
     """
 
@@ -103,10 +106,12 @@ class MergingAgents(Agents):
     train_parts: list[np.ndarray]
     test_parts: list[np.ndarray]
     states: dict[int, State]
+    model_of: dict[int, int] = field(init=False)
     samples: dict[int, int] = field(init=False)
     steps: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.model_of = {i: i for i in self.states}
         self.samples, self.steps = dict.fromkeys(self.states, 0), dict.fromkeys(self.states, 0)
 
     # What it goes by
@@ -214,6 +219,8 @@ class MergingAgents(Agents):
             if self.correction and iteration > 1:  # what the agents differ by at first is no drift
                 self.correction.update(merging, models, weights, merged)
             self.states |= {i: merged.states[i] for i in merging}
+            served = [merged.basis[i] for i in merging]
+            self.model_of |= {i: i if served.count(b) == 1 else SHARED for i, b in zip(merging, served, strict=True)}
             matched = [asdict(match) for match in merged.matches]
             names = {j: f"{j}@{self.network.old[j]}" if j in self.network.old else str(j) for j in models}
             merged_with = {i: " ".join(names[j] for j in np.flatnonzero(taken(weights)[i]).tolist())
@@ -307,7 +314,7 @@ class MergingAgents(Agents):
                                             "finished before") from None
                 self.samples[i] += last.samples
                 self.steps[i] += last.steps
-            self.states[i] = training.snapshot(self.trainer.model)
+            self.states[i], self.model_of[i] = training.snapshot(self.trainer.model), i
             stats[i] = {"stats": last}
         return stats
 
@@ -316,17 +323,18 @@ class MergingAgents(Agents):
     def evaluate(self) -> dict[int, training.Evaluation]:
         """Each distinct model once over the test set."""
         seen: dict[int, training.Evaluation] = {}
-        for state in progress(self.states.values(), "evaluation", unit="agent"):
-            if id(state) not in seen:
-                self.trainer.model.load_state_dict(state)
-                seen[id(state)] = self.trainer.evaluate(self.trainer.dataset.test)
-        return {i: seen[id(state)] for i, state in self.states.items()}
+        for i in progress(self.states, "evaluation", unit="agent"):
+            if self.model_of[i] not in seen:
+                self.trainer.model.load_state_dict(self.states[i])
+                seen[self.model_of[i]] = self.trainer.evaluate(self.trainer.dataset.test)
+        return {i: seen[self.model_of[i]] for i in self.states}
 
     def report(self, iteration: int) -> dict[int, dict[str, Any]]:
         evaluations, up = self.evaluate(), self.up(iteration) if iteration else self.states
         orders = self.alignment.orders if self.alignment else {}
-        return {i: {"state": state, "evaluation": evaluations[i], "samples": self.samples[i], "steps": self.steps[i],
-                    "took_part": int(i in up), "saved": {"agents": i, "orders": orders.get(i, -1)} | (
+        return {i: {"state": state, "model": self.model_of[i], "evaluation": evaluations[i],
+                    "samples": self.samples[i], "steps": self.steps[i], "took_part": int(i in up),
+                    "saved": {"agents": i, "orders": orders.get(i, -1)} | (
                         self.correction.saved(i) if self.correction else {})}
                 for i, state in self.states.items()}
 
@@ -342,8 +350,8 @@ class MergingAgents(Agents):
                 if self.alignment and share.get("orders", -1) >= 0:
                     self.alignment.orders[i] = share["orders"]
 
-    def turn(self, iteration: int) -> int:
-        return self.network.turn(iteration, self.weights)
+    def catch_up(self, iteration: int) -> int:
+        return self.network.catch_up(iteration, self.weights)
 
     def notes(self) -> list[str]:
         if not (self.spec and self.spec.stuck):

@@ -105,7 +105,7 @@ class MixingAgents(Agents):
             state = self.as_evaluated(i, running, iteration)
             self.trainer.model.load_state_dict(state)
             mine[i] = {
-                "state": state, "evaluation": self.trainer.evaluate(self.trainer.dataset.test),
+                "state": state, "model": i, "evaluation": self.trainer.evaluate(self.trainer.dataset.test),
                 "samples": agent.samples, "steps": agent.steps,
                 "saved": {"states": {k: t.cpu() for k, t in running.items() if t is not state[k]},
                           "memory": {k: t.cpu() for k, t in agent.memory.items()}}}

@@ -57,10 +57,11 @@ class Agents(ABC):
     def report(self, iteration: int) -> dict[int, dict[str, Any]]:
         """Each agent's `state` to write down, its `evaluation`, columns of metrics.csv, and what is `saved`.
 
+        model: the same number for agents that share one model; as a rule it is the agent's own.
         saved: what state.pt keeps of it besides samples and steps; `states` only where they differ from `state`.
         """
 
-    def turn(self, iteration: int) -> int:
+    def catch_up(self, iteration: int) -> int:
         """The iteration to go on with instead of this one: another where the others have gone on without us."""
         return iteration
 
@@ -124,12 +125,12 @@ class Logbook:
 
     def iterations(self, first: int) -> Iterator[int]:
         """Those that are left, without what the others did meanwhile: one is done when the next is asked for."""
-        turn = first
+        wanted = first
         for iteration in progress(range(first, self.last + 1), "iterations"):
             self.commit()
-            if iteration >= turn:
-                turn = self.agents.turn(iteration)
-            if iteration == turn:
+            if iteration >= wanted:
+                wanted = self.agents.catch_up(iteration)
+            if iteration == wanted:
                 self.begin()
                 yield iteration
         self.commit()
@@ -139,8 +140,8 @@ class Logbook:
         mine = {i: own | {"stats": None, "bytes_sent": self.network.sent[i] - self.sent[i],
                           "bytes_received": self.network.received[i] - self.received[i]} | phase.figures.get(i, {})
                 for i, own in self.agents.report(phase.iteration).items()}
-        on_cpu = {id(own["state"]): {k: t.cpu() for k, t in own["state"].items()} for own in mine.values()}
-        everyone = self.network.gather({i: own | {"state": on_cpu[id(own["state"])]} for i, own in mine.items()})
+        on_cpu = {own["model"]: {k: t.cpu() for k, t in own["state"].items()} for own in mine.values()}
+        everyone = self.network.gather({i: own | {"state": on_cpu[own["model"]]} for i, own in mine.items()})
         if self.folder:
             of_all = [everyone[i] for i in self.network.recorded]
             self.write(phase, {key: [own[key] for own in of_all] for key in of_all[0]})
@@ -153,7 +154,7 @@ class Logbook:
         if len(states) == len(test_parts):  # else of an agent on its own
             names = [name for name, _ in trainer.model.named_parameters()]
             distance, of_average = consensus_distance(states, names), evaluations[0]
-            if any(state is not states[0] for state in states):
+            if len(set(columns["model"])) > 1:
                 trainer.model.load_state_dict(weighted_average(states, [1 / len(states)] * len(states)))
                 of_average = trainer.evaluate(trainer.dataset.test)
         record_agents(self.folder, phase.iteration, phase.name, agents, evaluations, of_average, test_parts, self.began,

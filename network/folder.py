@@ -167,7 +167,7 @@ class SharedFolder(Network):
         newest = self._first_sound(agent, range(self.last, above, -1), again=False)
         return newest[0] if newest else 0
 
-    def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
+    def catch_up(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
         """The first iteration from this one on that nobody has finished without the model he would have taken of us.
 
         A neighbour has finished those before its newest model that is sound (whole, of this run, its values possible,

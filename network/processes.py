@@ -94,7 +94,7 @@ class Network:
         """Take the agents' place in the run that `run` describes, where that is not a matter of who was started."""
         return contextlib.nullcontext()
 
-    def turn(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
+    def catch_up(self, iteration: int, weights: Callable[[int], np.ndarray]) -> int:
         """The iteration to go on with instead of this one: another only where the others have gone on without it."""
         return iteration
 

@@ -69,6 +69,6 @@ def kgt(y: Tensor, merge: OfMerge) -> Tensor:
 
     With c_i = y_i / (T lr) and z_i = -d_i / (T lr) that is  c_i <- c_i + sum_j w_ij z_j - z_i,  K-GT with a step size
     of 1 at the merge. What the models differed by before they walked counts as no drift, unlike in LED.
-    Source: Liu et al. 2023 (Decentralized gradient tracking with local steps).
+    Source: Liu et al. 2023 (arXiv 2301.01313), Algorithm 1.
     """
     return y + merge.walked - merge.mixed_walk

@@ -24,6 +24,7 @@ from models import MODELS, build_model
 from network.processes import OneProcess
 from network.topology import TOPOLOGIES, make_topology
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
+from optimizers.corrections import CORRECTIONS, OfMerge
 from tests.helpers import TINY, folder_of, script
 
 ROOT = Path(__file__).parent.parent
@@ -190,7 +191,7 @@ def examples(language: str) -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Iterator[Callable[[str], dict[str, Any]]]:
     """Executes an example in an empty folder, and gives its names; what it registers is forgotten afterwards."""
-    tables = (MODELS, TOPOLOGIES, PARTITIONS, DATASETS, BASELINES, METHODS)
+    tables = (MODELS, TOPOLOGIES, PARTITIONS, DATASETS, BASELINES, METHODS, CORRECTIONS)
     before = [dict(table) for table in tables]
     monkeypatch.chdir(tmp_path)
 
@@ -297,6 +298,11 @@ def a_baseline(names: dict) -> None:
         assert torch.equal(ours, theirs)  # the models, and BatchNorm's statistics
 
 
+def a_correction(names: dict) -> None:
+    update = CORRECTIONS["HALF"].update
+    assert float(update(torch.tensor(1.0), OfMerge(torch.tensor(4.0), torch.tensor(2.0)))) == 2.0
+
+
 CHECKS = {
     "README.md: Merge your own models": of_one_model,
     "README.md: Extend it": a_baseline,
@@ -309,6 +315,7 @@ CHECKS = {
     "docs/extending.md: A data set": a_dataset,
     "docs/extending.md: A baseline": a_baseline,
     "docs/extending.md: A merging method": a_method,
+    "docs/extending.md: A correction": a_correction,
 }
 
 
@@ -329,7 +336,8 @@ def test_the_command_lines_offer_what_the_examples_register(run, tmp_path):
                "--batch_size=50"]
     out = script("train", *options, "--epochs=1", cwd=tmp_path).stdout
     run_of = [*options, f"--ckp={out.splitlines()[-1].removeprefix('checkpoints: ')}", "--topology=line"]
-    merged = script("main", *run_of, "--opt=RANDOM", "--merg_itr=1", cwd=tmp_path)
+    merged = script("main", *run_of, "--opt=RANDOM", "--merg_itr=2", "--training", "--epochs=1", "--correction=HALF",
+                    cwd=tmp_path)
     stepped = script("base_lines", *run_of, "--opt=SIGN", "--epochs=1", "--num_epochs=1", cwd=tmp_path)
     for result, method in ((merged, "RANDOM"), (stepped, "SIGN")):
         assert f"bright_digits/mlp/sorted/trained/{method}/line_3/" in folder_of(result, tmp_path).as_posix()

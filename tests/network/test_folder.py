@@ -51,7 +51,7 @@ def test_agents_wait_for_each_other(tmp_path):
     def live(network):
         for iteration in (1, 2, 3):
             time.sleep(0.05 * network.agent)
-            assert network.turn(iteration, lambda t: RING) == iteration
+            assert network.catch_up(iteration, lambda t: RING) == iteration
             found[network.agent, iteration] = values(share(network, iteration))
 
     threads = [threading.Thread(target=live, args=[network]) for network in networks]
@@ -107,13 +107,13 @@ def test_who_was_away_goes_on_where_the_others_are(tmp_path):
     for iteration in (2, 3, 4):
         share(one, iteration)
     # Agent 0 is in iteration 4: it has merged 2 and 3 without the others.
-    assert two.turn(2, lambda t: RING) == 4
+    assert two.catch_up(2, lambda t: RING) == 4
     # In iterations in which nobody takes its model it isn't missed.
     alone = np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
-    assert three.turn(2, lambda t: RING if t < 3 else alone) == 3
+    assert three.catch_up(2, lambda t: RING if t < 3 else alone) == 3
     # What it has published was there for the others, whether it was done with that iteration or not.
     share(two, 3)
-    assert two.turn(2, lambda t: RING) == 2 and two.turn(3, lambda t: RING) == 3
+    assert two.catch_up(2, lambda t: RING) == 2 and two.catch_up(3, lambda t: RING) == 3
 
 
 def test_models_of_another_shape_are_ignored(tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_names_alone_are_not_believed(tmp_path, capsys):
     (home / "iteration_005000.model").write_bytes(b"")  # beyond the run's end
     (home / "iteration_000009.model").write_bytes(b"")
     share(two, 1)
-    assert one.turn(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10, 1: 11}
+    assert one.catch_up(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10, 1: 11}
     assert "iteration_000009.model: " in capsys.readouterr().out
     one.timeout = 0.3
     for iteration, waits in ((2, True), (3, False)):  # neither of them comes
@@ -275,7 +275,7 @@ def test_what_is_broken_or_foreign_is_ignored_with_a_warning(tmp_path, capsys, s
     file = file_of(tmp_path, 1, 1)
     spoil(file, json.loads(file.read_bytes()[:HEADER]), file.read_bytes()[HEADER:])
     began = time.monotonic()
-    assert one.turn(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10}
+    assert one.catch_up(1, lambda t: RING) == 1 and values(share(one, 1)) == {0: 10}
     assert time.monotonic() - began < 5
     out = capsys.readouterr().out
     assert out.count(f"agent 0 ignores {file}: {reason}") == 1 and out.count("ignores") == 1
@@ -451,7 +451,7 @@ def test_one_neighbours_word_takes_nobody_far(tmp_path, capsys):
     done, iteration = [], 2
     while iteration <= 30:
         share(two, 30, state=model(1, iteration))  # sound, and another one each time
-        iteration = one.turn(iteration, lambda t: RING)
+        iteration = one.catch_up(iteration, lambda t: RING)
         done.append(iteration)
         share(one, iteration)
         iteration += 1
@@ -467,7 +467,7 @@ def test_more_than_a_third_of_the_neighbours_are_believed(tmp_path, agents, liar
     for j in range(1, agents):
         network = joined(j, tmp_path, agents=agents)
         network.share(50 if j <= liars else 1, {j: model(j)}, mixing, "fp32", LIKE)
-    assert one.turn(1, lambda t: mixing) == (50 if far else 10)
+    assert one.catch_up(1, lambda t: mixing) == (50 if far else 10)
 
 
 def test_what_is_not_sound_is_not_believed_whoever_agrees(tmp_path):
@@ -476,9 +476,9 @@ def test_what_is_not_sound_is_not_believed_whoever_agrees(tmp_path):
     for j in (1, 2):
         file = file_of(tmp_path, j, 60)
         file.write_bytes(flipped(file.read_bytes(), 8 * HEADER))
-    assert one.turn(1, lambda t: RING) == 1
+    assert one.catch_up(1, lambda t: RING) == 1
     share(three, 59), share(two, 59)
-    assert one.turn(1, lambda t: RING) == 59
+    assert one.catch_up(1, lambda t: RING) == 59
 
 
 # The key
@@ -490,7 +490,7 @@ def test_without_the_key_nobody_is_one_of_the_agents(tmp_path, capsys):
     for stranger in (other, None):
         network = joined(1, tmp_path, key=stranger)
         share(network, 1)
-        assert values(share(one, 1)) == {0: 10} and one.turn(1, lambda t: RING) == 1
+        assert values(share(one, 1)) == {0: 10} and one.catch_up(1, lambda t: RING) == 1
         assert values(share(network, 1)) == {1: 11}  # nor the other way round
         network.place.__exit__(None, None, None)
     out = capsys.readouterr().out
@@ -587,7 +587,7 @@ def test_a_neighbour_that_is_out_of_all_proportion_is_left_out(tmp_path, monkeyp
     for agent in hostile:
         (home / f"agent_{agent}").mkdir()
         publish(agent, 3)
-    monkeypatch.setattr("network.folder.SharedFolder.turn", lambda self, iteration, weights: iteration)
+    monkeypatch.setattr("network.folder.SharedFolder.catch_up", lambda self, iteration, weights: iteration)
     said = script("main", *flags, "--merg_itr=3", cwd=tmp_path).stdout
     assert said.count("agent 1's model is 999 times the norm of its own away (--max_distance 10)") == 2
     assert said.count("agent 2's model makes activations that are not finite: merging without it") == 2
