@@ -57,7 +57,7 @@ BATCH = 100
 AT_LEAST = 0.5  # seconds of merges that a time is taken from
 
 
-class Network(nn.Module):
+class TinyNet(nn.Module):
     """Digits to logits by two convolutions; counts the images that go in, by whether BatchNorm trains."""
 
     seen: ClassVar[Counter[bool]] = Counter()
@@ -71,7 +71,7 @@ class Network(nn.Module):
         self.head = nn.Linear(4 * 32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        Network.seen[self.body[1].training] += len(x)
+        TinyNet.seen[self.body[1].training] += len(x)
         return self.head(self.body(x))
 
 
@@ -101,14 +101,14 @@ def measure(cell: Cell) -> Cost:
     torch.set_num_threads(1)
     dataset = load_dataset("digits", train_samples=cell.images)
     batches = [x for x, _ in Batches(dataset, dataset.train, None, BATCH)]
-    model, weights = Network(), make_topology(cell.graph, cell.agents).weights(0)
+    model, weights = TinyNet(), make_topology(cell.graph, cell.agents).weights(0)
     takes = taken(weights)
     edges = int((takes | takes.T).sum()) // 2
     if not edges:
         raise SystemExit(f"error: {cell.agents} agents on {cell.graph} have no edges")
     spec = derive_spec(model, batches[0][:1])
     torch.manual_seed(0)
-    states = [Network().state_dict() for _ in range(cell.agents)]
+    states = [TinyNet().state_dict() for _ in range(cell.agents)]
     method, _, local = cell.method.partition("-")
 
     def merge(agents: int, weights: np.ndarray) -> merging.Merged:
@@ -118,12 +118,12 @@ def measure(cell: Cell) -> Cost:
 
     merge(min(3, cell.agents), make_topology("ring", min(3, cell.agents)).pi)  # what is done once in a process
     before = start_of_peak()
-    Network.seen.clear()
+    TinyNet.seen.clear()
     began = time.process_time()
     merge(cell.agents, weights)
     times = [time.process_time() - began]
     memory = peak() - before
-    passes = (Network.seen[True] / cell.images / cell.agents, Network.seen[False] / cell.images / cell.agents)
+    passes = (TinyNet.seen[True] / cell.images / cell.agents, TinyNet.seen[False] / cell.images / cell.agents)
     while len(times) < cell.repeats or sum(times) < AT_LEAST:
         began = time.process_time()
         merge(cell.agents, weights)
@@ -221,7 +221,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.agents = [10, 20, 40]
-    size = wire_bytes(Network().state_dict(), "fp32")
+    size = wire_bytes(TinyNet().state_dict(), "fp32")
     print(f"models of {size:,} bytes, {options.images} images in batches of {BATCH}, one thread, torch "
           f"{torch.__version__}\n")
     print(f"{'graph':<15}{'method':<12}{'agents':>6}{'edges':>8}{'seconds':>9}{'ms/edge':>9}{'ratio':>7}{'MB':>9}"

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def folder_of(said: Result | str, home: Path) -> Path:
     """The run folder that a script named last, run in `home`."""
     printed = said if isinstance(said, str) else said.stdout
     return home / re.findall("^results: (.*)$", printed, re.MULTILINE)[-1]
+
+
+def home_of(folder: Path) -> Path:
+    """Where the script ran that made this folder of results or checkpoints."""
+    return next(above.parent for above in folder.parents if above.name in ("results", "checkpoint"))
+
+
+def copied(folder: Path, home: Path) -> Path:
+    """The folder in a copy of all that lies where it was made."""
+    shutil.copytree(home_of(folder), home)
+    return home / folder.relative_to(home_of(folder))
 
 
 def rows_of(folder: Path) -> list[dict]:

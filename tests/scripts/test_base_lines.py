@@ -19,7 +19,19 @@ from data.datasets import load_dataset
 from experiments.options import base_lines_parser
 from models import build_model, training
 from network.topology import Topology, push_weights
-from tests.helpers import TINY, children, equal, equal_runs, folder_of, launched, process, rows_of, script, wait_for
+from tests.helpers import (
+    TINY,
+    children,
+    equal,
+    equal_runs,
+    folder_of,
+    home_of,
+    launched,
+    process,
+    rows_of,
+    script,
+    wait_for,
+)
 
 START = [*TINY, "--num_models=3", "--randominit=True", "--exp=2", "--num_epochs=1", "--batch_size=20"]
 RUN = [*START, "--epochs=4"]
@@ -60,7 +72,7 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path):
-    home = uninterrupted.parents[9]
+    home = home_of(uninterrupted)
     assert "finished before: 4 epochs" in script("base_lines", *RUN, "--opt=CDMSGD", cwd=home).stdout
     short = script("base_lines", *START, "--epochs=2", "--opt=CDMSGD", cwd=tmp_path)
     longer = script("base_lines", *RUN, "--opt=CDMSGD", "--resume", cwd=tmp_path)

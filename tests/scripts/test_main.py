@@ -24,7 +24,7 @@ from merging.batch_norm import reestimate
 from network.topology import make_topology
 from reports.runs import comparable, read_run
 from storage.files import claim, save_text
-from tests.helpers import equal, equal_runs, folder_of, process, rows_of, script
+from tests.helpers import copied, equal, equal_runs, folder_of, home_of, process, rows_of, script
 
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
 
@@ -59,7 +59,7 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
 
 
 def test_a_finished_run_says_so(uninterrupted, checkpoints, monkeypatch):
-    home = uninterrupted.parents[9]
+    home = home_of(uninterrupted)
     before = (uninterrupted / "state.pt").stat().st_mtime_ns
     monkeypatch.setattr("experiments.dealing.load_dataset", None)  # it is said before any image is read
     assert "finished before" in script("main", *RUN, f"--ckp={checkpoints}", cwd=home).stdout
@@ -91,7 +91,7 @@ def test_a_finished_run_goes_on_as_if_it_had_never_stopped(uninterrupted, checkp
 
 def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
+    copied(uninterrupted, home)
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
     assert "iterations 3 to 4 are dropped" in script("main", *command, "--merg_itr_init=2", cwd=home).stdout
@@ -101,7 +101,7 @@ def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tm
 
 def test_going_back_can_be_interrupted(uninterrupted, checkpoints, tmp_path, monkeypatch):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
+    copied(uninterrupted, home)
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     with monkeypatch.context() as patch:
         patch.setattr("os.truncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -115,15 +115,14 @@ def test_going_back_can_be_interrupted(uninterrupted, checkpoints, tmp_path, mon
 
 def test_what_lies_beyond_the_last_commit_is_dropped(uninterrupted, checkpoints, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
-    folder = home / uninterrupted.relative_to(uninterrupted.parents[9])
+    folder = copied(uninterrupted, home)
     shutil.copy(folder / "states/iteration_0002.pt", folder / "state.pt")
     (folder / "accuracy_matrix/iteration_0007_merged.csv").write_text("of a run that was killed")
     equal_runs(uninterrupted, folder_of(script("main", *RUN, f"--ckp={checkpoints}", "--resume", cwd=home), home))
 
 
 def test_a_shorter_run_in_a_longer_ones_folder_changes_nothing(uninterrupted, checkpoints):
-    home, command = uninterrupted.parents[9], [*RUN, f"--ckp={checkpoints}", "--merg_itr=3"]
+    home, command = home_of(uninterrupted), [*RUN, f"--ckp={checkpoints}", "--merg_itr=3"]
     before = (uninterrupted / "config.yaml").read_bytes()
     assert "finished before" in script("main", *command, cwd=home).stdout
     assert "--merg_itr_init 3" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
@@ -134,7 +133,7 @@ def test_a_shorter_run_in_a_longer_ones_folder_changes_nothing(uninterrupted, ch
 
 def test_other_models_in_the_checkpoints_place_are_another_run(uninterrupted, checkpoints, tmp_path):
     other = broken(checkpoints, tmp_path, lambda copy, state: state["conv1.weight"].mul_(2))
-    result = script("main", *RUN, f"--ckp={other}", cwd=uninterrupted.parents[9], check=False)
+    result = script("main", *RUN, f"--ckp={other}", cwd=home_of(uninterrupted), check=False)
     assert result.returncode == 2 and "first_models" in result.stderr
 
 
@@ -199,8 +198,7 @@ def test_a_broken_config_of_a_checkpoint_is_named(checkpoints, tmp_path, text):
 
 def test_a_kept_iteration_outlives_a_truncated_state(uninterrupted, checkpoints, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
-    state = home / uninterrupted.relative_to(uninterrupted.parents[9]) / "state.pt"
+    state = copied(uninterrupted, home) / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     assert "state.pt" in script("main", *command, "--resume", cwd=home, check=False).stderr
@@ -213,8 +211,7 @@ def test_a_kept_iteration_outlives_a_truncated_state(uninterrupted, checkpoints,
     (lambda state: [state[key].pop() for key in ("agents", "samples", "steps", "orders", "states")], "holds 3 agents")])
 def test_a_state_that_is_not_of_this_run_is_named(uninterrupted, checkpoints, tmp_path, change, word):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
-    file = home / uninterrupted.relative_to(uninterrupted.parents[9]) / "state.pt"
+    file = copied(uninterrupted, home) / "state.pt"
     state = torch.load(file, weights_only=True)
     change(state)
     torch.save(state, file)
@@ -239,8 +236,7 @@ def test_a_checkpoints_config_leads_nowhere_outside(checkpoints, tmp_path, key):
 
 def test_state_pt_alone_says_what_is_finished(uninterrupted, checkpoints, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(uninterrupted.parents[9], home)
-    folder = home / uninterrupted.relative_to(uninterrupted.parents[9])
+    folder = copied(uninterrupted, home)
     shutil.copy(folder / "states/iteration_0002.pt", folder / "state.pt")  # killed before 3 was committed
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     assert "there is [1, 2]" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
@@ -257,7 +253,7 @@ def test_random_models_learn_on_the_checkpoints_data(checkpoints, tmp_path):
 
 
 def test_two_processes_cannot_write_to_one_folder(uninterrupted, checkpoints):
-    home = uninterrupted.parents[9]
+    home = home_of(uninterrupted)
     with claim(uninterrupted):
         result = script("main", *RUN, f"--ckp={checkpoints}", "--overwrite", cwd=home, check=False)
     assert result.returncode == 2 and "another process" in result.stderr

@@ -17,7 +17,7 @@ from data.datasets import load_dataset
 from experiments.options import train_parser
 from models import build_model
 from storage.files import save_tensors
-from tests.helpers import TINY, process, script
+from tests.helpers import TINY, home_of, process, script
 
 RUN = [*TINY, "--num_models=2", "--epochs=4"]
 
@@ -45,7 +45,7 @@ def test_checkpoints_lie_at_the_documented_path(checkpoints):
 
 
 def test_a_finished_run_does_nothing(checkpoints):
-    home = checkpoints.parents[8]
+    home = home_of(checkpoints)
     before = {f: f.stat().st_mtime_ns for f in checkpoints.iterdir()}
     out = script("train", *TINY, "--num_models=4", "--data_dist=iid", "--epochs=2", cwd=home).stdout
     assert "finished before" in out
