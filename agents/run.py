@@ -68,9 +68,10 @@ class Agents(ABC):
 
     def notes(self) -> list[str]:
         """What is unusual about this run."""
+        made = [self.topology.note] if self.topology.note else []
         if self.topology.is_connected or self.o.topology == "disconnected":
-            return []
-        return [f"--topology {self.o.topology} is not connected: its parts never hear of each other"]
+            return made
+        return [*made, f"--topology {self.o.topology} is not connected: its parts never hear of each other"]
 
 
 Algorithm = Callable[[Phase, Iterator[int]], Iterator[Phase]]
