@@ -72,7 +72,7 @@ def surviving(pi: np.ndarray, links: np.ndarray) -> np.ndarray:
 
 
 def kept_by_senders(pi: np.ndarray, links: np.ndarray) -> np.ndarray:
-    """(N, N): pi over the links that are left. What a sender can't pass on it keeps, so that columns sum to 1 as before.
+    """(N, N): pi over the links that are left. What a sender can't pass on it keeps, so that columns still sum to 1.
 
     links: (N, N) bool, `links[i, j]`: i can hear from j (the diagonal is ignored).
     """

@@ -323,8 +323,8 @@ def lazy_where_needed(topology: Topology, least: float = -1 / 3) -> Topology:
         return topology
     lazy = [(pi + np.eye(topology.num_agents)) / 2 for pi in (topology.pi, *topology.schedule)]
     return replace(topology, pi=lazy[0], schedule=tuple(lazy[1:]),
-                   note=f"agents mix by (pi + I) / 2: pi has the eigenvalue {smallest:.3g}, and the method needs more than "
-                        f"{least:.3g}")
+                   note=f"agents mix by (pi + I) / 2: pi has the eigenvalue {smallest:.3g}, and the method needs more "
+                        f"than {least:.3g}")
 
 
 def spanning_tree(topology: Topology) -> Topology:
