@@ -414,7 +414,7 @@ def main_parser() -> argparse.ArgumentParser:
 
 
 def base_lines_parser() -> argparse.ArgumentParser:
-    p = parser("base_lines", "Train the agents with a gradient-based method that mixes their models in every step.\n"
+    p = parser("base_lines", "Train the agents with a gradient-based method that mixes their models in its steps.\n"
                              "All agents in this process or, under torchrun, each in a process of its own; the figures "
                              "are the same.",
                "torchrun --standalone --nproc_per_node=5 base_lines.py --dataset=digits --num_models=5 --opt=CDSGD "

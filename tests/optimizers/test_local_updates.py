@@ -271,6 +271,22 @@ def test_relayed_sums_do_without_what_is_lost():
     assert {1, 2, 3, 4, 5} <= counts  # the hub has told the leaves of as many as it had heard of
 
 
+def test_what_is_lost_is_not_relayed_from_memory(problem):
+    """Literally: the message that comes to i at step t is the sender's, and what has come to that one at t - 1."""
+    starts, hessians, centres = problem
+    group = Group("RELAYSGD", points(*problem), "ring", link_failure=0.4)
+    tree, X, came = group.mixing.topology.connectivity, starts.numpy(), {}
+    for step, found in enumerate(group.take(12)):
+        links = group.mixing.faults.links(step + 1, N) & tree
+        X = X - LR * gradients(X, hessians.numpy(), centres.numpy())
+        came = {(i, j): (X[i] + sum(m for (k, to), (m, _) in came.items() if to == i and k != j),
+                         1 + sum(c for (k, to), (_, c) in came.items() if to == i and k != j))
+                for i, j in np.argwhere(links).tolist()}
+        X = np.stack([(X[i] + sum(m for (_, to), (m, _) in came.items() if to == i))
+                      / (1 + sum(c for (_, to), (_, c) in came.items() if to == i)) for i in range(N)])
+        np.testing.assert_allclose(found, X, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("loss", [0.0, 0.1])
 def test_relaysgd_takes_lost_messages(problem, loss):
     found = Group("RELAYSGD", pulled(*problem), "ring", link_failure=loss).take(1000)

@@ -137,6 +137,12 @@ def test_local_steps_and_faults_go_on_where_they_were(with_faults, tmp_path, opt
     assert len(set(steps)) > 1 and max(steps) <= 8  # some were absent more often than others
 
 
+def test_a_round_goes_on_in_the_next_epoch(tmp_path):
+    """Of four steps in an epoch the eighth is the first exchange."""
+    folder = folder_of(script("base_lines", *START, "--epochs=2", "--local_steps=8", cwd=tmp_path), tmp_path)
+    assert [int(row["bytes_sent"]) > 0 for row in rows_of(folder)] == 6 * [False] + 3 * [True]
+
+
 def test_who_is_absent_for_a_whole_epoch_has_no_figures_of_it(tmp_path):
     done = script("base_lines", *START, "--epochs=1", "--agent_failure=1", cwd=tmp_path)
     for row in rows_of(folder_of(done, tmp_path))[-3:]:
