@@ -1,4 +1,4 @@
-"""The baselines: agents that mix their models in every step of training. `python -m base_lines --help` explains."""
+"""The baselines: agents that mix their models in steps of training. `python -m base_lines --help` explains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.memory import keep_freed_memory, memory_format
 
 
 def train_together(agents: MixingAgents, iterations: Iterable[int], num_epochs: int) -> Iterator[Phase]:
-    """Epochs in whose every step all agents exchange and mix; an iteration is as many as lie between evaluations."""
+    """Epochs in whose steps agents exchange and mix; an iteration is as many as lie between evaluations."""
     for k in iterations:
         for epoch in range((k - 1) * num_epochs + 1, k * num_epochs + 1):
             stats = agents.train(epoch)

@@ -1,4 +1,4 @@
-"""The agents of one process that mix their models in every step of training, as the baselines do."""
+"""The agents of one process that mix their models every step or few of training, as the baselines do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from data.datasets import Dataset, some_images
 from experiments.checkpoints import State, check_state
 from merging.batch_norm import reestimate
 from models import training
+from network.faults import Faults, kept_by_senders, surviving
 from network.processes import Network
 from network.topology import Topology
-from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
+from optimizers import BASELINES, LOCAL, Agent, FlatModel, Neighbourhood, Settings, neighbourhood, take_step
 from optimizers.agent import classification
 from utils.progress import progress
 from utils.seeds import generator
@@ -39,6 +41,9 @@ class MixSettings(FromOptions):
     momentum: float | None
     cga_form: str | None
     cga_scope: str | None
+    local_steps: int
+    link_failure: float
+    agent_failure: float
     weight_decay: float
     batch_size: int
     mix_buffers: bool
@@ -51,7 +56,7 @@ class MixSettings(FromOptions):
 
 @dataclass
 class MixingAgents(Agents):
-    """The agents of this process, the network that ties them to all the others, and how far they are.
+    """The agents of this process, and the network that ties them to all the others.
 
     train_parts, test_parts: of all agents; states: the first models of those that are here.
     """
@@ -64,25 +69,47 @@ class MixingAgents(Agents):
     test_parts: list[np.ndarray]
     states: dict[int, State]
     agents: dict[int, Agent] = field(default_factory=dict)
-    step: int = 0
 
-    def train(self, epoch: int) -> dict[int, dict[str, training.EpochStats]]:
-        """One epoch, 1 the first: as many steps for each agent."""
+    def train(self, epoch: int) -> dict[int, dict[str, training.EpochStats | None]]:
+        """One epoch, 1 the first: as many steps for each agent that doesn't fail."""
         s, baseline = self.settings, BASELINES[self.settings.opt]
-        told = Settings(s.lr * s.lr_decay ** (epoch - 1), s.momentum or 0.0, s.cga_form, s.cga_scope)
+        told = Settings(s.lr * s.lr_decay ** (epoch - 1), s.momentum or 0.0, s.cga_form, s.cga_scope, s.local_steps)
         for agent in self.agents.values():
             agent.forget_stats()
         steps = steps_of_an_epoch(self.train_parts, s.batch_size)
-        for _ in progress(range(steps), f"epoch {epoch}", total=steps, unit="step"):
-            pi = self.topology.weights(self.step)
-            hoods = {i: neighbourhood(pi, i) for i in self.agents}
-            take_step(baseline, self.agents, hoods, told, self.network)
-            self.step += 1
+        for step in progress(range((epoch - 1) * steps, epoch * steps), f"epoch {epoch}", total=steps, unit="step"):
+            up = self.up(step)
+            take_step(baseline, up, self.hoods(step, up), told, self.network)
         try:
             return {i: {"stats": agent.stats()} for i, agent in self.agents.items()}
         except training.Diverged as error:
             raise training.Diverged(f"epoch {epoch}, {error}; the run folder keeps what was finished "
                                     "before") from None
+
+    @cached_property
+    def faults(self) -> Faults:
+        return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)
+
+    def up(self, step: int) -> dict[int, Agent]:
+        """The agents of this process that take part in step 0, 1, 2, ... of the run."""
+        up = self.faults.agents(step + 1, self.topology.num_agents)
+        return {i: agent for i, agent in self.agents.items() if up[i]}
+
+    def hoods(self, step: int, agents: Collection[int]) -> dict[int, Neighbourhood]:
+        """The neighbourhoods of these agents in a step; every K-th one, K being --local_steps, is an exchange."""
+        exchanges, left = divmod(step + 1, self.settings.local_steps)
+        if left:
+            return dict.fromkeys(agents, LOCAL)
+        pi = self.weights(exchanges - 1, step)
+        return {i: neighbourhood(pi, i) for i in agents}
+
+    def weights(self, exchange: int, step: int) -> np.ndarray:
+        """(N, N): the mixing matrix of exchange 0, 1, 2, ..., without what fails in this step."""
+        pi = self.topology.weights(exchange)
+        if not (self.settings.link_failure or self.settings.agent_failure):
+            return pi
+        left = kept_by_senders if self.topology.directed else surviving
+        return left(pi, self.faults.links(step + 1, self.topology.num_agents))
 
     def as_evaluated(self, i: int, state: State, iteration: int) -> State:
         """Agent i's model with the BatchNorm statistics of --eval_bn; all other tensors are those of `state`."""
@@ -130,12 +157,11 @@ class MixingAgents(Agents):
                           loss=functools.partial(classification, loss=trainer.loss(self.train_parts[i])))
             if share:
                 agent.memory = {k: t.to(trainer.device) for k, t in share.get("memory", {}).items()}
-                lengths = (len(flat.gradient), len(agent.shared) + 1)
+                lengths = [size + more for size in (len(flat.gradient), len(agent.shared)) for more in (0, 1)]
                 if any(t.ndim != 1 or len(t) not in lengths for t in agent.memory.values()):
                     raise ValueError(f"what agent {i} keeps from step to step in the run's state.pt is of another "
                                      "model")
                 agent.samples, agent.steps = share["samples"], share["steps"]
-                self.step = share["steps"]
             self.agents[i] = agent
 
 

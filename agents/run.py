@@ -67,9 +67,10 @@ class Agents(ABC):
 
     def notes(self) -> list[str]:
         """What is unusual about this run."""
+        made = [self.topology.note] if self.topology.note else []
         if self.topology.is_connected or self.topology.name == "disconnected":
-            return []
-        return [f"the topology {self.topology.name} is not connected: its parts never hear of each other"]
+            return made
+        return [*made, f"the topology {self.topology.name} is not connected: its parts never hear of each other"]
 
 
 Algorithm = Callable[[Phase, Iterator[int]], Iterator[Phase]]

@@ -262,7 +262,8 @@ OPTIONS = (
            POSITIVE, {TRAIN: 1e-3, MAIN: 1e-3, BASE: 0.01}, usual={TRAIN: 1e-3, MAIN: 1e-3, BASE: 0.01},
            matters=trains),
     Option("momentum", "training", {TRAIN: "momentum of --optim=sgd", MAIN: "momentum of --optim=sgd",
-                                    BASE: "momentum of CDMSGD and CGA (default: 0.9)"}, SHARE,
+                                    BASE: "momentum of the methods that have one: CDMSGD, CGA, QGDSGDM, QGDSGDMN, "
+                                          "DFEDAVGM (default: 0.9)"}, SHARE,
            {TRAIN: 0.0, MAIN: 0.0, BASE: None}, usual={TRAIN: 0.0, MAIN: 0.0, BASE: 0.9}, matters=trains),
     Option("weight_decay", "training", "L2 penalty", number(float, 0), 0.0, usual=0.0, matters=trains),
     Option("amp", "training", "mixed precision", ["none", "bf16", "fp16"], "none", usual="none", matters=trains),
@@ -289,10 +290,13 @@ OPTIONS = (
     Option("pretrain_loss", "run", usual=None, scripts=RUNS, derived=True),
     Option("wire", "processes", "how models travel: as they are, or their kernels and matrices in fewer bits", WIRES,
            WIRES[0], (MAIN,), usual="fp32", matters=merges),
-    Option("link_failure", "simulated faults", "chance that an edge carries nothing in an iteration", SHARE, 0.0,
-           (MAIN,), metavar="P", usual=0.0, matters=merges, rare=True),
-    Option("agent_failure", "simulated faults", "chance that an agent neither merges nor trains in an iteration", SHARE,
-           0.0, (MAIN,), metavar="P", usual=0.0, rare=True),
+    Option("link_failure", "simulated faults", {MAIN: "chance that an edge carries nothing in an iteration",
+                                                BASE: "chance that an edge carries nothing in a step"}, SHARE, 0.0,
+           RUNS, metavar="P", usual=0.0, matters=merges, rare=True),
+    Option("agent_failure", "simulated faults", {
+        MAIN: "chance that an agent neither merges nor trains in an iteration",
+        BASE: "chance that an agent neither mixes nor trains in a step"}, SHARE, 0.0, RUNS, metavar="P", usual=0.0,
+           rare=True),
     Option("exchanged_by", "processes", usual=None, scripts=(MAIN,), derived=True),
     Option("staleness", "processes", "agents on their own: use the last model of a neighbour that isn't there, if it "
            "is at most K iterations old", COUNT, 0, (MAIN,), metavar="K", usual=0, rare=True),
@@ -314,6 +318,8 @@ OPTIONS = (
            number(float, 0), 10.0, (MAIN,), metavar="D", usual=10.0, matters=merges_over_a_folder, rare=True),
     Option("lr_decay", "training", "what the learning rate is multiplied with after each epoch", POSITIVE, 0.981,
            (BASE,), usual=0.981),
+    Option("local_steps", "algorithm", "exchange and mix in every K-th step only; the others are local",
+           number(int, 1), 1, (BASE,), metavar="K", usual=1),
     Option("mix_buffers", "algorithm", "mix BatchNorm's statistics like the parameters", boolean, True, (BASE,),
            usual=True),
     Option("cga_form", "algorithm", "CGA's projection and momentum: the paper's, or the published code's (rows "
@@ -337,7 +343,9 @@ OPTIONS = (
               "at once, without contradictions; WM: weight matching; WA: plain averaging; NONE: agents alone, which "
               "re-estimate BatchNorm on their own images",
         BASE: "CDSGD: combine, then adapt; CDMSGD: with momentum; DPSGD: adapt, then combine; SGP: stochastic gradient "
-              "push; CGA: cross-gradient aggregation"},
+              "push; CGA: cross-gradient aggregation; LED: local exact diffusion; KGT: local gradient tracking; DSGT: "
+              "gradient tracking; D2: variance reduction; QGDSGDM, QGDSGDMN: quasi-global momentum, and its Nesterov "
+              "form; DFEDAVGM: momentum that starts anew after each exchange; RELAYSGD: sums relayed over a tree"},
            {MAIN: OneOf(merge_methods), BASE: OneOf(baselines)}, {MAIN: "DIMAT", BASE: "CDSGD"}, RUNS,
            read="always", elsewhere=True),
     Option("exp", "algorithm", "topology by number: " + ", ".join(f"{k} {v}" for k, v in EXPS.items()),
@@ -501,7 +509,7 @@ def main_parser() -> argparse.ArgumentParser:
 
 
 def base_lines_parser() -> argparse.ArgumentParser:
-    p = parser("base_lines", "Train the agents with a gradient-based method that mixes their models in every step.\n"
+    p = parser("base_lines", "Train the agents with a gradient-based method that mixes their models in its steps.\n"
                              "All agents in this process or, under torchrun, each in a process of its own; the figures "
                              "are the same.",
                "torchrun --standalone --nproc_per_node=5 base_lines.py --dataset=digits --num_models=5 --opt=CDSGD "

@@ -50,6 +50,12 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
     if topology.directed and not (topology.is_connected and all((pi.diagonal() > 0).all() for pi in every_step)):
         raise ValueError(f"--topology {o.topology}: on one-way edges every agent must reach every other and keep a "
                          "share of its own (pi[i][i] > 0), or push-sum divides by nothing")
+    if o.local_steps > 1 and baseline.every_step:
+        raise ValueError(f"--local_steps {o.local_steps}: {o.opt} has to exchange in every step")
+    try:
+        topology = baseline.graph(topology)
+    except ValueError as error:
+        raise ValueError(f"--opt {o.opt}, --topology {o.topology}: {error}") from None
     return ckp, made_with, loaded, topology
 
 

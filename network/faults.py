@@ -1,4 +1,7 @@
-"""Simulated faults: in every iteration links and agents that fail at random, and how the others mix without them."""
+"""Simulated faults: links and agents that fail at random, and how the others mix without them.
+
+They fail for an iteration of main.py, and for a step of base_lines.py, which is what `iteration` means there.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -66,6 +69,15 @@ def surviving(pi: np.ndarray, links: np.ndarray) -> np.ndarray:
     own[~left.any(axis=1)] = 1.0  # rather than what a sum rounds to: who hears of nobody keeps its model as it is
     np.fill_diagonal(mixed, own)
     return mixed
+
+
+def kept_by_senders(pi: np.ndarray, links: np.ndarray) -> np.ndarray:
+    """(N, N): pi over the links that are left. What a sender can't pass on it keeps, so that columns still sum to 1.
+
+    links: (N, N) bool, `links[i, j]`: i can hear from j (the diagonal is ignored).
+    """
+    lost = np.where(links | np.eye(len(pi), dtype=bool), 0.0, pi)
+    return pi - lost + np.diag(lost.sum(axis=0))
 
 
 def without(pi: np.ndarray, lost: Collection[int]) -> np.ndarray:

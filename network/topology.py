@@ -9,13 +9,13 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import breadth_first_order, connected_components, shortest_path
 
 from utils.seeds import generator
 
@@ -33,6 +33,7 @@ class Topology:
     schedule: (N, N) matrices that take turns, and
     draw: step -> (N, N), the same matrix whenever it is asked for that step,
     gives those of the steps. groups: every one drawn is of groups that average exactly, so that it is its own square.
+    note: what a method has made of it, to be said when a run begins.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Topology:
     schedule: tuple[np.ndarray, ...] = ()
     draw: Callable[[int], np.ndarray] | None = None
     groups: bool = False
+    note: str = ""
 
     @property
     def num_agents(self) -> int:
@@ -303,6 +305,46 @@ def directed_ring(num_agents: int) -> list[int]:
 def directed_exponential(num_agents: int) -> list[int]:
     """Hops of 1, 2, 4, ...: log2(N) receivers, or one receiver at a time (Assran et al. 2019, appendix A)."""
     return [2**k for k in range((num_agents - 1).bit_length())]
+
+
+# What methods make of a graph
+
+
+def lazy_where_needed(topology: Topology, least: float = -1 / 3) -> Topology:
+    """With (pi + I) / 2 for pi, where an eigenvalue of pi (of those that take turns) is not above `least`.
+
+    Drawn matrices are left as they are. Raises ValueError for weights that are not symmetric.
+    """
+    matrices = topology.schedule or (topology.pi,)
+    if not all(np.allclose(pi, pi.T, rtol=0, atol=TOLERANCE) for pi in matrices):
+        raise ValueError("the mixing matrix is not symmetric, as the method needs it")
+    smallest = min(np.linalg.eigvalsh(pi)[0] for pi in matrices)
+    if topology.draw is not None or smallest > least + TOLERANCE:
+        return topology
+    lazy = [(pi + np.eye(topology.num_agents)) / 2 for pi in (topology.pi, *topology.schedule)]
+    return replace(topology, pi=lazy[0], schedule=tuple(lazy[1:]),
+                   note=f"agents mix by (pi + I) / 2: pi has the eigenvalue {smallest:.3g}, and the method needs more "
+                        f"than {least:.3g}")
+
+
+def spanning_tree(topology: Topology) -> Topology:
+    """The graph's breadth-first tree from its centre, of a graph in parts one for each; Metropolis-Hastings weights.
+
+    Its edges lie on shortest paths from the centre: the agent whose farthest other is nearest, of several the first.
+    Raises ValueError for a graph of one-way edges, or one that changes.
+    """
+    if topology.directed or topology.schedule or topology.draw is not None:
+        raise ValueError("the method relays over a spanning tree, which takes two-way edges that stay the same")
+    hops = shortest_path(topology.connectivity, method="D", unweighted=True)
+    farthest = np.where(np.isfinite(hops), hops, 0).max(axis=1)
+    count, part = connected_components(topology.connectivity, directed=False)
+    edges = []
+    for members in (np.flatnonzero(part == k) for k in range(count)):
+        root = members[farthest[members].argmin()]
+        order, before = breadth_first_order(topology.connectivity, root, directed=False)
+        edges += [(int(i), int(before[i])) for i in order[1:]]
+    tree = _undirected(topology.num_agents, edges)
+    return Topology(topology.name, tree, metropolis_hastings(tree))
 
 
 # The numbers that `--exp` takes

@@ -11,10 +11,19 @@ or messages between many, is the network's business:
         agent.parameters.sub_(g, alpha=s.lr)
 """
 
-from optimizers import cdsgd, cga, sgp  # noqa: F401  (each registers its steps)
+from optimizers import cdsgd, cga, exact_diffusion, momentum, relay, sgp, tracking  # noqa: F401  (register steps)
 from optimizers.agent import Agent, FlatModel
-from optimizers.registry import BASELINES, Neighbourhood, Settings, neighbourhood, register_baseline, take_step
+from optimizers.registry import (
+    BASELINES,
+    LOCAL,
+    Neighbourhood,
+    Settings,
+    neighbourhood,
+    register_baseline,
+    take_step,
+)
 
 __all__ = [
-    "BASELINES", "Agent", "FlatModel", "Neighbourhood", "Settings", "neighbourhood", "register_baseline", "take_step",
+    "BASELINES", "LOCAL", "Agent", "FlatModel", "Neighbourhood", "Settings", "neighbourhood", "register_baseline",
+    "take_step",
 ]

@@ -151,13 +151,21 @@ class Agent:
             flat.gradient.add_(flat.vector[: flat.num_parameters], alpha=self.weight_decay)
         return loss.detach(), right
 
+    def keeps(self, name: str, entries: int | None = None) -> Tensor:
+        """The vector `name` of its memory, to be written to; P zeros at first, or as many as said."""
+        if name not in self.memory:
+            self.memory[name] = self.x.new_zeros(entries or self.flat.num_parameters)
+        return self.memory[name]
+
     # Running averages since `forget_stats`
 
     def forget_stats(self) -> None:
         self._loss_sum, self._right, self._seen, self._steps = torch.zeros(()), 0, 0, 0
 
-    def stats(self) -> EpochStats:
-        """Raises Diverged when the loss or the model is not finite any more."""
+    def stats(self) -> EpochStats | None:
+        """None without a step. Raises Diverged when the loss or the model is not finite any more."""
+        if not self._seen:
+            return None
         mean = float(self._loss_sum) / self._seen
         if not math.isfinite(mean):
             raise Diverged(f"agent {self.index}: the training loss became {mean}: try a smaller --lr")

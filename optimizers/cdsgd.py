@@ -50,6 +50,4 @@ def dpsgd(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
 
 def heavy_ball(agent: Agent, g: torch.Tensor, momentum: float) -> torch.Tensor:
     """v <- momentum v + g, in the agent's memory; it starts at 0."""
-    if "v" not in agent.memory:
-        agent.memory["v"] = torch.zeros_like(g)
-    return agent.memory["v"].mul_(momentum).add_(g)
+    return agent.keeps("v").mul_(momentum).add_(g)

@@ -99,8 +99,8 @@ def test_the_papers_values_are_frozen():
         ("wire", "fp32"), ("link_failure", 0.0), ("agent_failure", 0.0), ("exchanged_by", None), ("staleness", 0),
         ("match_prior", "none"), ("align", "in_turn"), ("align_every", 0), ("root", None), ("robust", "none"),
         ("max_distance", 10.0), ("correction", "none")]
-    of_steps = {"lr": 0.01, "momentum": 0.9, "lr_decay": 0.981, "mix_buffers": True, "cga_form": "paper",
-                "cga_scope": "model", "eval_bn": "running", "bn_samples": 0}
+    of_steps = {"lr": 0.01, "momentum": 0.9, "lr_decay": 0.981, "local_steps": 1, "mix_buffers": True,
+                "cga_form": "paper", "cga_scope": "model", "eval_bn": "running", "bn_samples": 0}
     assert usual(BASE) == {key: usual(MAIN)[key] for key in usual(BASE).keys() & usual(MAIN).keys()} | of_steps
 
 

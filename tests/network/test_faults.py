@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from network.faults import Faults, surviving, without
+from network.faults import Faults, kept_by_senders, surviving, without
 from network.topology import DIRECTED, TOPOLOGIES, make_topology, metropolis_hastings
 from utils.seeds import generator
 
@@ -39,6 +39,19 @@ def assert_sound(pi: np.ndarray, links: np.ndarray, symmetric: bool) -> None:
     assert links[(pi > 0) & ~np.eye(len(pi), dtype=bool)].all()
     if symmetric:
         np.testing.assert_array_equal(pi, pi.T)
+
+
+@few
+@given(sizes, seeds, seeds)
+def test_senders_keep_what_they_cannot_pass_on(num_agents, seed, other):
+    draws, links = np.random.default_rng(seed), some_links(num_agents, other)
+    hears = (draws.random((num_agents, num_agents)) < 0.5) | np.eye(num_agents, dtype=bool)
+    pi = hears / hears.sum(axis=0)
+    found, away = kept_by_senders(pi, links), ~np.eye(num_agents, dtype=bool)
+    np.testing.assert_allclose(found.sum(axis=0), 1, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(found[away & links], pi[away & links])
+    assert not found[away & ~links].any()
+    np.testing.assert_array_equal(kept_by_senders(pi, np.ones_like(links)), pi)
 
 
 @few

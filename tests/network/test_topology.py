@@ -6,16 +6,19 @@ import json
 
 import numpy as np
 import pytest
+from scipy.sparse.csgraph import connected_components, shortest_path
 
 from network.topology import (
     DIRECTED,
     EXPS,
     TOPOLOGIES,
     Topology,
+    lazy_where_needed,
     make_topology,
     metropolis_hastings,
     push_weights,
     register_topology,
+    spanning_tree,
 )
 
 # Second-largest |eigenvalue| at these numbers of agents
@@ -258,6 +261,30 @@ def test_a_file_of_a_one_way_graph(with_pi, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"own\.json"):
         make_topology(tmp_path / "own.json", 3)
+
+
+@pytest.mark.parametrize("name", sorted(TOPOLOGIES.keys() - {"random_matching"}))
+@pytest.mark.parametrize("num_agents", [1, 2, 5, 8, 13])
+def test_a_spanning_tree_has_the_fewest_edges_that_keep_all_in_touch(name, num_agents):
+    graph = make_topology(name, num_agents, seed=1)
+    tree = spanning_tree(graph)
+    assert_sound(tree, num_agents)
+    assert not (tree.connectivity & ~graph.connectivity).any() and tree.name == graph.name
+    parts, of_graph = (connected_components(edges, directed=False) for edges in (tree.connectivity, graph.connectivity))
+    assert parts[0] == of_graph[0] and parts[1].tolist() == of_graph[1].tolist()
+    assert tree.connectivity.sum() == 2 * (num_agents - parts[0])
+    np.testing.assert_array_equal(tree.connectivity, spanning_tree(graph).connectivity)
+    hops, short = (shortest_path(edges, unweighted=True) for edges in (tree.connectivity, graph.connectivity))
+    assert min(hops.max(axis=1)) == min(short.max(axis=1))  # from the centre all are as near as in the graph
+
+
+def test_graphs_that_take_turns_are_made_lazy_together():
+    halves = [np.kron(np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])), np.full((4, 4), 0.25)]
+    turning = Topology("mine", ~np.eye(4, dtype=bool), np.mean(halves, axis=0), schedule=tuple(halves))
+    lazy = lazy_where_needed(turning)
+    for step, pi in enumerate(halves):
+        np.testing.assert_array_equal(lazy.weights(step), (pi + np.eye(4)) / 2)
+    assert "-1" in lazy.note and lazy_where_needed(lazy) is lazy
 
 
 def test_exps_are_topologies():

@@ -14,14 +14,19 @@ from torch import nn
 
 from network.processes import connect
 from network.topology import DIRECTED, make_topology
-from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
+from optimizers import BASELINES, LOCAL, Agent, FlatModel, Settings, neighbourhood, take_step
 
-AGENTS, STEPS = 4, 4
+AGENTS, STEPS, LOCAL_STEPS = 4, 4, 2
 CASES = [
     *[(name, topology, form) for name in BASELINES for topology in ("ring", "bipartite", "fully_connected")
       for form in (("paper", "authors") if name == "CGA" else ("paper",))],
     *[("SGP", topology, "paper") for topology in DIRECTED],
+    *[(name, "ring", "local") for name, baseline in BASELINES.items() if not baseline.every_step],
 ]
+
+
+def graph_of(name, topology):
+    return BASELINES[name].graph(make_topology(topology, AGENTS))
 
 
 def model(agent):
@@ -40,13 +45,15 @@ def run_cases(network, watch=lambda: None):
     """case -> agent -> (vector after the last step, bytes sent, bytes received, what `watch` says)."""
     results = {}
     for name, topology, form in CASES:
-        graph = make_topology(topology, AGENTS)
+        graph = graph_of(name, topology)
         agents = {i: Agent(i, FlatModel(model(i)), batches(i)) for i in network.agents}
         before = dict(network.sent), dict(network.received), watch()
         momentum = 0.9 if BASELINES[name].momentum else 0.0
-        settings = Settings(0.1, momentum, form, "tensor" if form == "authors" else "model")
+        settings = Settings(0.1, momentum, "authors" if form == "authors" else "paper",
+                            "tensor" if form == "authors" else "model", LOCAL_STEPS if form == "local" else 1)
         for step in range(STEPS):
-            hoods = {i: neighbourhood(graph.weights(step), i) for i in agents}
+            local = (step + 1) % settings.local_steps
+            hoods = {i: LOCAL if local else neighbourhood(graph.weights(step), i) for i in agents}
             take_step(BASELINES[name], agents, hoods, settings, network)
         after = watch()
         results[f"{name} {topology} {form}"] = {

@@ -122,7 +122,7 @@ def test_buffers_are_mixed_or_left_alone(name):
         for i, agent in agents.items():
             found = agent.x[agent.flat.num_parameters :]
             # Combine-then-adapt methods send their models before the batch is seen: what it changes comes on top.
-            sent, change = (after, 0) if name in ("DPSGD", "SGP") else ([start] * 3, after[i] - start)
+            sent, change = ([start] * 3, after[i] - start) if name in ("CDSGD", "CDMSGD", "CGA") else (after, 0)
             expected = sum(pi[i, j] * sent[j] for j in range(3)) + change if mixed else after[i]
             torch.testing.assert_close(found, expected.float())
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from network.processes import OneProcess
-from network.topology import make_topology
 from optimizers import BASELINES, FlatModel
 from tests.helpers import ROOT
-from tests.optimizers.steps_worker import AGENTS, CASES, STEPS, model, run_cases
+from tests.optimizers.steps_worker import AGENTS, CASES, LOCAL_STEPS, STEPS, graph_of, model, run_cases
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +52,19 @@ def test_many_processes_give_one_processs_numbers(launched, together, case):
 def test_nothing_but_the_neighbours_vectors_crosses_the_wire(launched, case):
     flat = FlatModel(model(0))
     whole, gradient = 4 * len(flat.vector), 4 * flat.num_parameters
-    name, topology, _ = case.split()
-    size = {"CGA": whole + gradient, "SGP": whole + 4}.get(name, whole)  # SGP's push-sum weight travels along
-    graph = make_topology(topology, AGENTS)
+    name, topology, form = case.split()
+    sizes = dict.fromkeys(("CGA", "DSGT", "KGT"), whole + gradient)
+    sizes |= dict.fromkeys(("SGP", "RELAYSGD"), whole + 4)  # a push-sum weight or a count travels along
+    size = sizes.get(name, whole)
+    graph, steps = graph_of(name, topology), range(STEPS // (LOCAL_STEPS if form == "local" else 1))
     for i in range(AGENTS):
         _, sent, received, wire = launched[case][i]
         assert wire.keys() <= {"isend", "irecv", "isend bytes", "irecv bytes"}
         assert (wire["isend bytes"], wire["irecv bytes"]) == (sent, received)
-        to, of = (sum(int((graph.weights(step) > 0).sum(axis)[i]) - 1 for step in range(STEPS)) for axis in (0, 1))
+        to, of = (sum(int((graph.weights(step) > 0).sum(axis)[i]) - 1 for step in steps) for axis in (0, 1))
         assert (sent, received) == (to * size, of * size)
-        if topology == "ring":
-            assert sent == STEPS * 2 * size  # whatever N
+        if topology == "ring" and name != "RELAYSGD":
+            assert sent == len(steps) * 2 * size  # whatever N
 
 
 def test_every_method_is_run():

@@ -1,6 +1,7 @@
 """base_lines.py as a user runs it: in one process and under the launchers, killed, stalled and wrong."""
 
 import csv
+import functools
 import itertools
 import os
 import re
@@ -116,6 +117,60 @@ def test_a_killed_run_resumes_to_an_equal_one(tmp_path, opt):
     equal_runs(expected, folder_of(resumed.stdout, tmp_path / "killed"))
 
 
+FAULTS = ["--link_failure=0.3", "--agent_failure=0.3"]
+# Four steps in an epoch: where a run stops, a round of three is not over
+LOCAL = {opt: [f"--opt={opt}", f"--local_steps={1 if opt == 'D2' else 3}", *FAULTS]
+         for opt in ("RELAYSGD", "LED", "KGT", "DSGT", "D2", "QGDSGDMN", "DFEDAVGM", "SGP")}
+
+
+@pytest.fixture(scope="module")
+def with_faults(tmp_path_factory):
+    """opt -> the run folder of two epochs with local steps and faults."""
+
+    @functools.cache
+    def of(opt: str) -> Path:
+        home = tmp_path_factory.mktemp(opt)
+        return folder_of(script("base_lines", *START, "--epochs=2", *LOCAL[opt], cwd=home), home)
+
+    return of
+
+
+@pytest.mark.parametrize("opt", [opt if opt == "RELAYSGD" else pytest.param(opt, marks=pytest.mark.long)
+                                 for opt in LOCAL])
+def test_local_steps_and_faults_go_on_where_they_were(with_faults, tmp_path, opt):
+    expected = with_faults(opt)
+    local = "" if opt == "D2" else ",local_steps=3"
+    assert expected.parent.name.endswith(f"link_failure=0.3,agent_failure=0.3{local}")
+    for epochs in (1, 2):
+        done = script("base_lines", *START, f"--epochs={epochs}", *LOCAL[opt], "--resume", cwd=tmp_path)
+    assert "continuing after epoch 1 of 2" in done.stdout
+    equal_runs(expected, folder_of(done, tmp_path))
+    steps = [int(row["steps"]) for row in rows_of(expected)[-3:]]
+    assert len(set(steps)) > 1 and max(steps) <= 8  # some were absent more often than others
+
+
+def test_a_round_goes_on_in_the_next_epoch(tmp_path):
+    """Of four steps in an epoch the eighth is the first exchange."""
+    folder = folder_of(script("base_lines", *START, "--epochs=2", "--local_steps=8", cwd=tmp_path), tmp_path)
+    assert [int(row["bytes_sent"]) > 0 for row in rows_of(folder)] == 6 * [False] + 3 * [True]
+
+
+def test_who_is_absent_for_a_whole_epoch_has_no_figures_of_it(tmp_path):
+    done = script("base_lines", *START, "--epochs=1", "--agent_failure=1", cwd=tmp_path)
+    for row in rows_of(folder_of(done, tmp_path))[-3:]:
+        assert (row["train_loss"], row["steps"], row["bytes_sent"]) == ("", "0", "0")
+
+
+def test_only_methods_that_can_take_local_steps_and_graphs(tmp_path):
+    for flags, words in ((["--opt=D2", "--local_steps=2"], "--local_steps 2: D2"),
+                         (["--opt=RELAYSGD", "--topology=random_matching"], "spanning tree")):
+        flags = [flag for flag in RUN if not (flag.startswith("--exp") and "topology" in str(flags))] + flags
+        refused = script("base_lines", *flags, cwd=tmp_path, check=False)
+        assert refused.returncode == 2 and words in refused.stderr and refused.stderr.count("\n") == 1
+    lazy = script("base_lines", *START, "--num_models=4", "--epochs=1", "--opt=D2", cwd=tmp_path)
+    assert "note: agents mix by (pi + I) / 2" in lazy.stdout
+
+
 def test_agents_start_from_their_checkpoints(checkpoints, tmp_path):
     command = [f"--ckp={checkpoints}", "--data=digits", "--num_models=4", "--exp=1", "--epochs=1", "--num_epochs=1"]
     folder = folder_of(script("base_lines", *command, "--opt=DPSGD", cwd=tmp_path).stdout, tmp_path)
@@ -187,6 +242,14 @@ def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_pa
     assert code == 0, log
     equal_runs(uninterrupted, folder_of(log, home))
     assert not list(home.glob("dimat-*/*"))
+
+
+@pytest.mark.slow
+def test_a_group_fails_and_relays_alike(with_faults, tmp_path):
+    """Every process decides for itself who is up, and when to exchange."""
+    code, log = finished(*torchrun, arguments=[*START, "--epochs=2", *LOCAL["RELAYSGD"]], home=tmp_path)
+    assert code == 0, log
+    equal_runs(with_faults("RELAYSGD"), folder_of(log, tmp_path))
 
 
 @pytest.mark.long
