@@ -22,7 +22,8 @@ from reports.runs import Curve, accuracy_curve, read_metrics
 from utils.progress import print_anywhere
 
 ROOT = Path(__file__).resolve().parent
-METHODS = ("DIMAT", "COMMON", "WA", "NONE")
+METHODS = {name: [f"--opt={name}"] for name in ("DIMAT", "COMMON", "WA", "NONE")} | {
+    "COMMON, LED": ["--opt=COMMON", "--correction=LED"]}
 DISTRIBUTIONS = {
     "iid": "IID: every agent sees all classes alike",
     "dirichlet": "Dirichlet 0.5: every agent sees its own mixture",
@@ -80,8 +81,8 @@ def run_distribution(options: argparse.Namespace, distribution: str) -> dict[str
     merging += [f"--epochs={options.local_epochs}", "--match_samples=500", f"--seed={options.seed}"]
     merging += [f"--results_dir={home}", "--resume"]
     curves = {}
-    for method in METHODS:
-        folder = run_script("main", [f"--opt={method}", *common, *merging], label)
+    for method, flags in METHODS.items():
+        folder = run_script("main", [*flags, *common, *merging], label)
         curves[method] = accuracy_curve(read_metrics(ROOT / folder))
     return curves
 

@@ -34,11 +34,12 @@ def settle(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, di
     if o.amp == "fp16":
         raise ValueError("--amp fp16 needs its loss scaled, which the baselines don't do: use bf16")
     o.momentum = (0.9 if o.momentum is None else o.momentum) if baseline.momentum else None
-    if o.opt == "CGA":
-        o.cga_form = o.cga_form or "paper"
-        o.cga_scope = o.cga_scope or ("tensor" if o.cga_form == "authors" else "model")
-    elif o.cga_form or o.cga_scope:
-        raise ValueError(f"--cga_form and --cga_scope belong to --opt=CGA, not to {o.opt}")
+    for other, one in BASELINES.items():
+        for name in one.options.keys() - baseline.options.keys():
+            if getattr(o, name) is not None:
+                raise ValueError(f"--{name} {getattr(o, name)} belongs to --opt={other}, not to {o.opt}")
+    for name, default in baseline.options.items():
+        setattr(o, name, getattr(o, name) or default(vars(o)))
     o.merg_itr, o.merg_itr_init, o.training, o.optim = o.epochs // o.num_epochs, 0, True, "sgd"
     ckp, made_with, loaded = settle_options(o, agents)
     topology = make_topology(o.topology, o.num_models, seed=o.seed)

@@ -18,7 +18,8 @@ CGA_SCOPES = ("model", "tensor")
 MARGIN = 0.5  # of the authors' form
 
 
-@register_baseline("CGA", momentum=True)
+@register_baseline("CGA", momentum=True, options={
+    "cga_form": lambda o: "paper", "cga_scope": lambda o: "tensor" if o["cga_form"] == "authors" else "model"})
 def cga(agent: Agent, hood: Neighbourhood, s: Settings) -> Step:
     """g~ = project(g_ii, {g_ij});  v <- momentum v + g~;  x_i <- sum_j pi_ij x_j - lr v.
 

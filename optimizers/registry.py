@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -74,22 +75,24 @@ class Baseline:
     directed: bool
     every_step: bool
     graph: Callable[[Topology], Topology]
+    options: Mapping[str, Callable[[Mapping[str, Any]], Any]]
 
 
 BASELINES: dict[str, Baseline] = {}
 
 
 def register_baseline(name: str, *, momentum: bool = False, directed: bool = False, every_step: bool = False,
-                      graph: Callable[[Topology], Topology] = lambda topology: topology) -> Callable:
+                      graph: Callable[[Topology], Topology] = lambda topology: topology,
+                      options: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType({})) -> Callable:
     """Decorator that makes a step available as `name`.
 
     momentum: it has one. directed: it needs only columns that sum to 1, so that one-way graphs are allowed.
     every_step: it has to exchange in every step. graph: what it makes of a topology before it begins, ValueError if it
-    can't do with it.
+    can't do with it. options: those that nobody else has -> their default, by the other options.
     """
 
     def register(step: Callable[..., Step]) -> Callable[..., Step]:
-        BASELINES[name] = Baseline(step, momentum, directed, every_step, graph)
+        BASELINES[name] = Baseline(step, momentum, directed, every_step, graph, options)
         return step
 
     return register
