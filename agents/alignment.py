@@ -11,9 +11,10 @@ from torch import nn
 from data.batches import Batches
 from merging import Matching, Pairing, matches
 from merging.averaging import State
-from merging.common_basis import CommonBasis, Turns, align
+from merging.common_basis import align
 from merging.permutation import Permutations, PermutationSpec, permute
 from network.processes import Network
+from network.turns import CommonBasis, Turns
 
 Share = Callable[[Mapping[int, State], Sequence[int], int], dict[int, State]]
 """(models of the agents here, whose models are to travel, after how many turns) -> those that have come."""

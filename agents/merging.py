@@ -23,12 +23,12 @@ from merging import METHODS, Merged, Method, merge, outgoing
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
-from merging.common_basis import CommonBasis
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
 from network.faults import Faults, surviving, without
 from network.processes import Network, taken
 from network.topology import Topology
+from network.turns import CommonBasis
 from optimizers.corrections import CORRECTIONS
 from utils.progress import progress, say
 from utils.seeds import generator
