@@ -35,7 +35,7 @@ class DriftCorrection:
         """What agent i sends: its model and, for a correction that asks for it, what it has walked."""
         if not self.rule.sends_walk:
             return state
-        since = self.since.get(i, state)
+        since = self.since.get(i, state)  # before its first merge it has walked nowhere
         return state | {WALK + name: state[name] - since[name] for name in self.names}
 
     def without_walks(self, arrived: Mapping[int, State]) -> dict[int, State]:
@@ -66,9 +66,11 @@ class DriftCorrection:
                 own[name], merged.states[i][name], walked.get(name), mixed.get(name))) for name in self.names}
 
     def begin(self, states: Mapping[int, State]) -> None:
-        """Agents here walk from their models as they are now, in what they have merged or were given."""
-        if self.rule.sends_walk:
-            self.since |= {i: {name: state[name] for name in self.names} for i, state in states.items()}
+        """Agents here have merged, and walk from these models on."""
+        for i, state in states.items():
+            self.y.setdefault(i, self._nothing(state))
+            if self.rule.sends_walk:
+                self.since[i] = {name: state[name] for name in self.names}
         self.walked = {}
 
     def step(self, i: int, model: nn.Module, steps: int):

@@ -216,8 +216,9 @@ class MergingAgents(Agents):
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = self.merged(merging, models, weights, images, shared)
-            if self.correction and iteration > 1:  # what the agents differ by at first is no drift
-                self.correction.update(merging, models, weights, merged)
+            if self.correction:
+                self.correction.update(self.drifted(merging, iteration), models, weights, merged)
+                self.correction.begin({i: merged.states[i] for i in merging})
             self.states |= {i: merged.states[i] for i in merging}
             served = [merged.basis[i] for i in merging]
             self.model_of |= {i: i if served.count(b) == 1 else SHARED for i, b in zip(merging, served, strict=True)}
@@ -230,11 +231,18 @@ class MergingAgents(Agents):
                 raise ValueError(f"iteration {iteration}: {error}") from error
             say(f"warning: agent {self.network.agents[0]}, iteration {iteration}: {error}: it goes on without this "
                 "merge")
-        if self.correction:
-            self.correction.begin(self.states)
         rows = (self.alignment.take_matched() if self.alignment else []) + matched
         return {i: {"merged_with": merged_with[i], "matched": [row for row in rows if row["agent"] == i]}
                 for i in self.states}
+
+    def drifted(self, agents: list[int], iteration: int) -> list[int]:
+        """Those of them that have merged before: what agents differ by until then is no drift.
+
+        All agents of a group count as having merged in the first iteration, so that their corrections add up to 0.
+        """
+        if self.network.may_miss:
+            return [i for i in agents if i in self.correction.y]
+        return agents if iteration > 1 else []
 
     def merged(self, agents: Sequence[int], models: Mapping[int, State], weights: np.ndarray,
                images: Mapping[int, Batches], shared: Batches | None) -> Merged:

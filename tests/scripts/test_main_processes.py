@@ -313,14 +313,16 @@ def test_an_agent_that_is_killed_and_comes_back_in_time_changes_nothing(uninterr
 
 
 @pytest.mark.long
-def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(tmp_path):
-    agents = {i: agent(i, tmp_path, "--timeout=6", "--merg_itr=6") for i in range(3)}
+@pytest.mark.parametrize("correction", ["none", "KGT"])
+def test_the_others_go_on_without_a_dead_agent_which_finds_back_to_them(correction, tmp_path):
+    flags = ("--timeout=6", "--merg_itr=6", f"--correction={correction}")
+    agents = {i: agent(i, tmp_path, *flags) for i in range(3)}
     try:
         wait_for_file("meeting/*/agent_2/iteration_000002.model", tmp_path)  # a model is published before the merge
         agents[2].kill()
         agents[2].wait()
         assert [agents[i].wait(timeout=120) for i in (0, 1)] == [0, 0]
-        agents[2] = agent(2, tmp_path, "--timeout=6", "--merg_itr=6")
+        agents[2] = agent(2, tmp_path, *flags)
         assert agents[2].wait(timeout=60) == 0
     finally:
         for running in agents.values():
