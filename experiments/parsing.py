@@ -141,7 +141,8 @@ def parser(prog: str, description: str, example: str, all_help: bool = False) ->
         formatter_class=Formatter, allow_abbrev=False, add_help=not all_help,
     )
     if all_help:
-        p.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], help="explain the options, or all")
+        p.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], default=argparse.SUPPRESS,
+                       dest=argparse.SUPPRESS, help="explain the options, or all")
     return p
 
 

@@ -190,5 +190,6 @@ def test_help_shows_what_most_need_and_help_all_the_rest(capsys):
         shown[len(words)] = capsys.readouterr().out
     rare = names(lambda option: option.rare and MAIN in option.scripts)
     few, every = (set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) for text in (shown[1], shown[2]))
+    assert set(given(MAIN)) == {option.name for option in OPTIONS if MAIN in option.scripts and not option.derived}
     assert every - few == set(rare) and len(few) < 45
     assert f"{len(rare)} more options" in shown[1] and "more options" not in shown[2]
