@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ class DriftCorrection:
             return dict(arrived)
         self.walked |= {j: {name: state[WALK + name] for name in self.names} for j, state in arrived.items()}
         return {j: {key: t for key, t in state.items() if not key.startswith(WALK)} for j, state in arrived.items()}
+
+    def walk_of(self, i: int, own: State) -> float:
+        """How far agent i says that it has walked, in multiples of the norm of the model `own`; 0 where nobody says."""
+        lengths = [[float(state[name].double().square().sum()) for name in self.names]
+                   for state in (self.walked.get(i, {}), own) if state]
+        return math.sqrt(sum(lengths[0]) / max(sum(lengths[1]), 1e-300)) if len(lengths) > 1 else 0.0
 
     def reorder(self, i: int, permutations: Permutations) -> None:
         """The units of agent i's model have another order from now on."""

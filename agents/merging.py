@@ -282,16 +282,18 @@ class MergingAgents(Agents):
                   images: Mapping[int, Batches]) -> dict[int, State]:
         """The models that have come to an agent on its own, without those that it can't or shan't merge."""
         for i, own in lent.items():
-            flaws = {j: self.flaw(own, models[j], images[i]) for j in sorted(models) if j != i}
+            flaws = {j: self.flaw(own, j, models[j], images[i]) for j in sorted(models) if j != i}
             for j in filter(flaws.get, flaws):
                 say(f"warning: agent {i}, iteration {iteration}: agent {j}'s model {flaws[j]}: merging without it")
             models = {j: state for j, state in models.items() if not flaws.get(j)}
         return models
 
-    def flaw(self, own: State, other: State, images: Batches) -> str:
+    def flaw(self, own: State, agent: int, other: State, images: Batches) -> str:
         most, names = self.settings.max_distance, [name for name, _ in self.trainer.model.named_parameters()]
         if most and not (apart := least_distance(own, other, names)) <= most:
             return f"is {apart:.3g} times the norm of its own away (--max_distance {most:g})"
+        if most and self.correction and not (walked := self.correction.walk_of(agent, own)) <= most:
+            return f"has walked {walked:.3g} times the norm of its own since its last merge (--max_distance {most:g})"
         if self.compares_activations and not self.has_finite_features(other, images):
             return "makes activations that are not finite"
         return ""

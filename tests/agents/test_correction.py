@@ -80,6 +80,15 @@ def test_y_and_the_walk_move_with_the_units(spec):
     assert not torch.equal(correction.y[0]["conv1.weight"], y["conv1.weight"])
 
 
+def test_a_walk_has_a_length(spec):
+    state = resnet(0).state_dict()
+    correction = DriftCorrection(CORRECTIONS["KGT"], resnet(0), spec)
+    assert correction.walk_of(1, state) == 0
+    correction.begin({1: state})
+    correction.without_walks({1: correction.with_walk(1, {name: t * 3 for name, t in state.items()})})
+    assert correction.walk_of(1, state) == pytest.approx(2)
+
+
 def test_a_step_takes_its_share(spec):
     states = [resnet(i).state_dict() for i in range(2)]
     correction = after_a_merge("LED", spec, states, states, [[0.6, 0.4], [0.4, 0.6]], "WA")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.correction import WALK
 from agents.merging import MergingAgents
 from models import build_model
 from network.folder import HEADER, SharedFolder, forget, read_key, run_name
@@ -597,3 +598,24 @@ def test_a_neighbour_that_is_out_of_all_proportion_is_left_out(tmp_path, monkeyp
     assert "are not finite; check the images" in said and "it goes on without this merge" in said
     run, = tmp_path.glob("results/**/agent_0")
     assert all(row["merged_with"] == "" for row in rows_of(run))
+
+
+def test_a_walk_out_of_all_proportion_is_left_out(tmp_path, monkeypatch):
+    """Its model is as it should be, but what agent 1 says that it has walked would throw agent 0 far away."""
+    flags = [*TINY, "--num_models=2", "--randominit", "--exp=2", "--opt=WA", "--test_samples=50", "--train_samples=40",
+             "--training", "--epochs=1", "--correction=KGT", "--exchange=folder:meeting", "--timeout=0", "--agent=0"]
+    script("main", *flags, "--merg_itr=1", cwd=tmp_path)
+    home, = (tmp_path / "meeting").iterdir()
+    content = (home / "agent_0" / "iteration_000001.model").read_bytes()
+    model = build_model("resnet20", 10, in_channels=1, image_size=8, width_multiplier=1)
+    like = model.state_dict() | {WALK + name: value.detach() for name, value in model.named_parameters()}
+    sent = unpack(torch.frombuffer(bytearray(content[HEADER:]), dtype=torch.uint8), like, "fp32")
+    far = sent | {key: 1e3 * sent[key.removeprefix(WALK)] for key in sent if key.startswith(WALK)}
+    body = pack(far, "fp32").numpy().tobytes()
+    (home / "agent_1").mkdir()
+    write(home / "agent_1" / "iteration_000002.model", json.loads(content[:HEADER])
+          | {"agent": 1, "iteration": 2, "sha256": hashlib.sha256(body).hexdigest()}, body)
+    monkeypatch.setattr("network.folder.SharedFolder.catch_up", lambda self, iteration, weights: iteration)
+    said = script("main", *flags, "--merg_itr=2", cwd=tmp_path).stdout
+    assert said.count("agent 1's model has walked 1e+03 times the norm of its own since its last merge") == 1
+    assert "test accuracy" in said.splitlines()[-2]
