@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from agents import partial
 from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from experiments.checkpoints import check_state, checkpoint_folder
-from experiments.options import train_parser
+from experiments.options import Command, train_parser
 from experiments.parsing import parse, pick_device
 from experiments.run_folder import circumstances
 from experiments.scripts import run_script
@@ -26,24 +25,24 @@ from utils.memory import keep_freed_memory
 from utils.seeds import generator
 
 
-def train_agent(o: Namespace, trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
+def train_agent(o: Command, trainer: LocalTrainer, agent: int, indices: np.ndarray, folder: Path) -> None:
     """All epochs of one agent, from its last finished one on; leaves it in the trainer's model."""
     file = folder / f"partial_{agent}.pt"
-    seed = generator(o.seed, 0 if o.init_seed else agent, 0, "init").initial_seed()
-    initial = new_model(ModelSettings.of(vars(o)), trainer.dataset, seed)
+    seed = generator(o["seed"], 0 if o["init_seed"] else agent, 0, "init").initial_seed()
+    initial = new_model(ModelSettings.of(o), trainer.dataset, seed)
     trainer.model.load_state_dict(initial.state_dict())
     optimizer, scaler = trainer.fresh_optimizer()
-    if done := partial.take_up(file, o.epochs, trainer.model, optimizer, scaler):
+    if done := partial.take_up(file, o["epochs"], trainer.model, optimizer, scaler):
         print(f"agent {agent}: continuing after epoch {done}", flush=True)
-    for epoch in range(done + 1, o.epochs + 1):
+    for epoch in range(done + 1, o["epochs"] + 1):
         try:
             stats = trainer.epoch(indices, (agent, epoch, f"agent {agent} epoch {epoch}"), optimizer, scaler)
         except training.Diverged as error:
             raise training.Diverged(f"agent {agent}, epoch {epoch}: {error}; {file} holds the last good state"
                                     if epoch > 1 else f"agent {agent}, epoch {epoch}: {error}") from None
-        print(f"agent {agent} epoch {epoch}/{o.epochs}: train accuracy {stats.accuracy:.2f} %, "
+        print(f"agent {agent} epoch {epoch}/{o['epochs']}: train accuracy {stats.accuracy:.2f} %, "
               f"loss {stats.loss:.4f}", flush=True)
-        if epoch < o.epochs:
+        if epoch < o["epochs"]:
             partial.leave(file, epoch, trainer.model, optimizer, scaler)
 
 
@@ -56,9 +55,9 @@ def accuracies(trainer: LocalTrainer, agent: int, indices: np.ndarray) -> dict[s
     return dict(zip(COLUMNS, (agent, train.accuracy(), train.loss, test.accuracy(own), test.accuracy()), strict=True))
 
 
-def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
+def prepare_folder(o: Command, folder: Path, command: str) -> None:
     """Give the claimed checkpoint folder its config.yaml; refuse one that was made with other options."""
-    if o.overwrite:
+    if o["overwrite"]:
         clear(folder)
     config = describe_training(o)
     old = load_yaml(folder / "config.yaml")
@@ -70,25 +69,25 @@ def prepare_folder(o: Namespace, folder: Path, command: str) -> None:
         save_yaml(folder / "config.yaml", config | circumstances(command))
 
 
-def run(o: Namespace, command: str) -> Path:
+def run(o: Command, command: str) -> Path:
     if done := finished(o):
-        print(f"finished before: all {o.num_models} agents are trained (--overwrite starts afresh)")
+        print(f"finished before: all {o['num_models']} agents are trained (--overwrite starts afresh)")
         return done
     fill_defaults(o)
-    device = pick_device(o.device)
-    dataset, parts, _ = load_agents_data(vars(o), device)
-    template = new_model(ModelSettings.of(vars(o)), dataset, seed=0)
-    folder = checkpoint_folder(vars(o))
+    device = pick_device(o["device"])
+    dataset, parts, _ = load_agents_data(o, device)
+    template = new_model(ModelSettings.of(o), dataset, seed=0)
+    folder = checkpoint_folder(o)
     with claim(folder):
         prepare_folder(o, folder, command)
-        train_agents(o, LocalTrainer(template, dataset, TrainSettings.of(vars(o)), device), parts, folder)
+        train_agents(o, LocalTrainer(template, dataset, TrainSettings.of(o), device), parts, folder)
     return folder
 
 
-def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], folder: Path) -> None:
+def train_agents(o: Command, trainer: LocalTrainer, parts: list[np.ndarray], folder: Path) -> None:
     """Train and measure the agents that `folder` lacks."""
     rows = rows_of_finished(folder)
-    missing = [a for a in range(o.num_models) if not any(int(row["agent"]) == a for row in rows)]
+    missing = [a for a in range(o["num_models"]) if not any(int(row["agent"]) == a for row in rows)]
     for agent in missing:
         file = folder / f"model_{agent}.pth"
         if file.exists():
@@ -112,9 +111,9 @@ def train_agents(o: Namespace, trainer: LocalTrainer, parts: list[np.ndarray], f
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     follow_parent()
-    options = parse(train_parser(), argv)
+    o = vars(parse(train_parser(), argv))
     command = shlex.join(sys.argv if argv is None else ["train.py", *argv])
-    return run_script(lambda: run(options, command), "checkpoints",
+    return run_script(lambda: run(o, command), "checkpoints",
                       "give the same command again (without --overwrite)")
 
 

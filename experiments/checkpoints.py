@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.options import MAIN, SHORT, TRAIN, names, silent, usual, variant
+from experiments.options import MAIN, SHORT, TRAIN, Settings, names, silent, usual, variant
 from experiments.parsing import as_typed
 from network.wire import State
 from storage.files import level, load_tensors, load_yaml
 
 
-def checkpoint_folder(o: dict[str, Any]) -> Path:
+def checkpoint_folder(o: Settings) -> Path:
     """The documented path of train.py's checkpoints for its options `o`."""
     init = "same" if o["init_seed"] else "diff"
     unusual = variant(o | dict.fromkeys(silent(o)), TRAIN)

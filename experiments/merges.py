@@ -2,73 +2,72 @@
 
 from __future__ import annotations
 
-import copy
-from argparse import Namespace
 from pathlib import Path
 
-from experiments.options import ALONE, silent
+from experiments.options import ALONE, Command, silent
 from experiments.run_folder import run_folder
 from experiments.settle import completed, matrices, pretraining, settle_options
 from merging import METHODS
 from network.topology import Topology, make_topology
 
 
-def options_that_matter(o: Namespace, made_with: dict) -> dict:
+def options_that_matter(o: Command, made_with: dict) -> dict:
     """What changes this run's results and is not a level of its path already; None where it has no say."""
-    folder = None if o.agent is None and not o.processes else "folder"
-    return vars(o) | {"exchanged_by": folder} | dict.fromkeys(silent(vars(o))) | pretraining(o, made_with)
+    folder = None if o["agent"] is None and not o["processes"] else "folder"
+    return o | {"exchanged_by": folder} | dict.fromkeys(silent(o)) | pretraining(o, made_with)
 
 
-def the_run(o: Namespace, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
+def the_run(o: Command, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
     """Where this run is written, what its config.yaml says, and which of it matters."""
     matter = options_that_matter(o, made_with)
-    config = vars(o) | {"exchanged_by": matter["exchanged_by"]} | matrices(o.topology, topology)
-    return run_folder(vars(o), matter), config, matter
+    config = o | {"exchanged_by": matter["exchanged_by"]} | matrices(o["topology"], topology)
+    return run_folder(o, matter), config, matter
 
 
-def finished(o: Namespace) -> tuple[Path, int] | None:
+def finished(o: Command) -> tuple[Path, int] | None:
     """The folder and the last iteration of a run of these options that has nothing left to do. No image is read."""
-    o = copy.copy(o)  # what is settled here is settled once more where the run begins
-    if o.overwrite or o.merg_itr_init:
+    o = dict(o)  # what is settled here is settled once more where the run begins
+    if o["overwrite"] or o["merg_itr_init"]:
         return None
-    _, made_with, loaded = settle_options(o, range(o.num_models))
+    _, made_with, loaded = settle_options(o, range(o["num_models"]))
     return completed(*the_run(o, made_with, topology_to_merge_over(o)), loaded)
 
 
-def topology_to_merge_over(o: Namespace) -> Topology:
-    topology = make_topology(o.topology, o.num_models, seed=o.seed)
+def topology_to_merge_over(o: Command) -> Topology:
+    topology = make_topology(o["topology"], o["num_models"], seed=o["seed"])
     settle_alignment(o)
     settle_averaging(o)
     settle_correction(o)
     if not topology.is_doubly_stochastic:
-        raise ValueError(f"--topology {o.topology} has one-way edges whose rows don't sum to 1: agents that merge need "
-                         "what they take to add up to one model")
+        raise ValueError(f"--topology {o['topology']} has one-way edges whose rows don't sum to 1: agents that merge "
+                         "need what they take to add up to one model")
     return topology
 
 
-def settle_averaging(o: Namespace) -> None:
-    if o.robust != "none" and o.bn_reset == "repair":
+def settle_averaging(o: Command) -> None:
+    if o["robust"] != "none" and o["bn_reset"] == "repair":
         raise ValueError("--bn_reset repair takes statistics of every model, hostile ones too: leave it out with "
-                         f"--robust {o.robust}")
+                         f"--robust {o['robust']}")
 
 
-def settle_correction(o: Namespace) -> None:
+def settle_correction(o: Command) -> None:
     """What a correction goes by is the weighted average of the models, and nothing else that is done in a merge."""
-    if o.correction == "none":
+    if o["correction"] == "none":
         return
-    if not o.training:
-        raise ValueError(f"--correction {o.correction} is about what agents learn between merges: add --training")
-    if o.opt == ALONE:
-        raise ValueError(f"--correction {o.correction} is about merges: leave it out with --opt={ALONE}")
-    if o.robust != "none" or o.bn_reset == "repair":
-        other = f"--robust {o.robust}" if o.robust != "none" else "--bn_reset repair"
-        raise ValueError(f"--correction {o.correction} takes a merge for the average of the models, which {other} "
+    if not o["training"]:
+        raise ValueError(f"--correction {o['correction']} is about what agents learn between merges: add --training")
+    if o["opt"] == ALONE:
+        raise ValueError(f"--correction {o['correction']} is about merges: leave it out with --opt={ALONE}")
+    if o["robust"] != "none" or o["bn_reset"] == "repair":
+        other = f"--robust {o['robust']}" if o["robust"] != "none" else "--bn_reset repair"
+        raise ValueError(f"--correction {o['correction']} takes a merge for the average of the models, which {other} "
                          "changes: leave one of them out")
 
 
-def settle_alignment(o: Namespace) -> None:
+def settle_alignment(o: Command) -> None:
     """The agent that --root names must be there; methods that don't align themselves have none."""
-    if o.opt == ALONE or not METHODS[o.opt].aligned:
-        o.root = None
-    elif o.root is not None and o.root >= o.num_models:
-        raise ValueError(f"--root {o.root}: the {o.num_models} agents (--num_models) are 0 to {o.num_models - 1}")
+    if o["opt"] == ALONE or not METHODS[o["opt"]].aligned:
+        o["root"] = None
+    elif o["root"] is not None and o["root"] >= o["num_models"]:
+        raise ValueError(f"--root {o['root']}: the {o['num_models']} agents (--num_models) are 0 to "
+                         f"{o['num_models'] - 1}")

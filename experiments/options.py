@@ -29,6 +29,7 @@ TRAIN, MAIN, BASE = SCRIPTS = ("train", "main", "base_lines")
 RUNS = (MAIN, BASE)
 GROUPS = ("algorithm", "data", "model", "training", "matching", "processes", "simulated faults", "run", "machine")
 Settings = Mapping[str, Any]  # option -> value, of a command line or a config.yaml
+Command = dict[str, Any]  # the same of a command, while it is settled
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.options import MAIN, free, variant
+from experiments.options import MAIN, Settings, free, variant
 from models.training import Diverged, EpochStats, Evaluation
 from network.topology import short_name
 from storage.files import (
@@ -49,7 +49,7 @@ STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int],
          "correction?": [{str: Tensor}], "since?": [{str: Tensor}]}
 
 
-def run_folder(o: dict[str, Any], matter: dict[str, Any], script: str = MAIN) -> Path:
+def run_folder(o: Settings, matter: dict[str, Any], script: str = MAIN) -> Path:
     """results/<dataset>/<model>/<data_dist>/<init>/<opt>/<topology>_<N>/epochs_<E>/<variant>/seed_<seed>.
 
     The variant names what is unusual of the options that `matter`, which are None where they have no say.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
 
 from experiments.checkpoints import State, describe, digest, digest_of_all, inherit, load_states
-from experiments.options import train_parser
+from experiments.options import Command, train_parser
 from experiments.run_folder import RunFolder, circumstances, committed, contradictions
 from experiments.trainings import fill_defaults
 from models import infer_width
@@ -17,46 +16,47 @@ from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 from storage.files import load_yaml
 
 
-def settle_options(o: Namespace, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State]]:
+def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State]]:
     """Fill in what follows from the checkpoint, and check what contradicts.
 
     Returns its folder, its description and the models of `agents`.
     """
-    if o.exp is not None and o.topology is not None:
-        raise ValueError(f"--exp {o.exp} and --topology {o.topology} both name the topology: give one")
-    o.topology = o.topology or EXPS[o.exp or 1]
-    made_with, loaded, ckp = {}, {}, Path(o.ckp) if o.ckp is not None else None
-    if o.merg_itr_init >= o.merg_itr:
-        raise ValueError(f"--merg_itr_init {o.merg_itr_init} leaves nothing to do of --merg_itr {o.merg_itr}")
-    if o.diffinit and not o.randominit:
+    if o["exp"] is not None and o["topology"] is not None:
+        raise ValueError(f"--exp {o['exp']} and --topology {o['topology']} both name the topology: give one")
+    o["topology"] = o["topology"] or EXPS[o["exp"] or 1]
+    made_with, loaded, ckp = {}, {}, Path(o["ckp"]) if o["ckp"] is not None else None
+    if o["merg_itr_init"] >= o["merg_itr"]:
+        raise ValueError(f"--merg_itr_init {o['merg_itr_init']} leaves nothing to do of --merg_itr {o['merg_itr']}")
+    if o["diffinit"] and not o["randominit"]:
         raise ValueError("--diffinit belongs to --randominit: the models come from --ckp here")
-    if ckp is None and not o.randominit:
+    if ckp is None and not o["randominit"]:
         raise ValueError("--ckp is missing: give the folder that train.py printed, or --randominit")
     if ckp is not None:  # random models too learn on the data that the checkpoint's would
         made_with = describe(ckp, train_parser())
-        inherit(vars(o), made_with, f"--ckp {ckp}")
-        if o.randominit and made_with.get("num_models", o.num_models) != o.num_models:
-            raise ValueError(f"--num_models {o.num_models}: {ckp} deals its data to {made_with['num_models']} agents")
-        if o.partition_seed is None:
-            o.partition_seed = made_with.get("seed")
-        if not o.randominit:
-            loaded = load_states(ckp, o.num_models, agents)
-            if o.width_multiplier is None:
-                o.width_multiplier = infer_width(o.model, next(iter(loaded.values())))
+        inherit(o, made_with, f"--ckp {ckp}")
+        if o["randominit"] and made_with.get("num_models", o["num_models"]) != o["num_models"]:
+            raise ValueError(f"--num_models {o['num_models']}: {ckp} deals its data to {made_with['num_models']} "
+                             "agents")
+        if o["partition_seed"] is None:
+            o["partition_seed"] = made_with.get("seed")
+        if not o["randominit"]:
+            loaded = load_states(ckp, o["num_models"], agents)
+            if o["width_multiplier"] is None:
+                o["width_multiplier"] = infer_width(o["model"], next(iter(loaded.values())))
     fill_defaults(o)
-    if made_with.get("partition_digest") not in (None, vars(o).get("partition_digest")):
-        raise ValueError(f"--partition_file {o.partition_file} has changed since {ckp} was made: restore it")
+    if made_with.get("partition_digest") not in (None, o.get("partition_digest")):
+        raise ValueError(f"--partition_file {o['partition_file']} has changed since {ckp} was made: restore it")
     return ckp, made_with, loaded
 
 
-def pretraining(o: Namespace, made_with: dict) -> dict:
+def pretraining(o: Command, made_with: dict) -> dict:
     """How the first models were made, where they are no random ones."""
-    return {} if o.randominit else {
+    return {} if o["randominit"] else {
         "pretrain_epochs": made_with.get("epochs"),
-        "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o.seed) else None,
+        "pretrain_seed": made_with["seed"] if made_with.get("seed") not in (None, o["seed"]) else None,
         "pretrain_init": "same" if made_with.get("init_seed") else None,
         "pretrain_loss": loss if (loss := made_with.get("loss") or LOSSES[0]) != (
-            (o.training and o.loss) or LOSSES[0]) else None,
+            (o["training"] and o["loss"]) or LOSSES[0]) else None,
     }
 
 
@@ -85,12 +85,12 @@ def matrices(name: str, topology: Topology) -> dict[str, list]:
     return {"pi": [pi.tolist() for pi in topology.schedule] or topology.pi.tolist()}
 
 
-def open_run(o: Namespace, network: Network, command: str, path: Path, config: dict, matter: dict,
+def open_run(o: Command, network: Network, command: str, path: Path, config: dict, matter: dict,
              start: int = 0) -> RunFolder | None:
     """The run folder, at the writer. A group that its launcher has started again continues by itself."""
     if not network.is_writer:
         return None
     config |= circumstances(command) | {"launch": launch() if is_launched() else None}
     goes_on = is_restart() and load_yaml(path / "config.yaml").get("launch") == config["launch"]
-    return RunFolder(path, config, silent=without_say(matter), resume=o.resume or goes_on, start=start,
-                     overwrite=o.overwrite and not goes_on, tensorboard=o.tensorboard)
+    return RunFolder(path, config, silent=without_say(matter), resume=o["resume"] or goes_on, start=start,
+                     overwrite=o["overwrite"] and not goes_on, tensorboard=o["tensorboard"])

@@ -27,7 +27,7 @@ from typing import Any
 
 from experiments import merges, steps, trainings
 from experiments.checkpoints import checkpoint_folder
-from experiments.options import OPTIONS, base_lines_parser, main_parser, names, train_parser
+from experiments.options import OPTIONS, Command, base_lines_parser, main_parser, names, train_parser
 from experiments.parsing import Formatter, Parser, boolean, number, only_option, parse, path
 from network.workers import FOLLOWS, end_by
 from storage.files import load_yaml
@@ -53,7 +53,7 @@ class Job:
     after: list[Job] = field(default_factory=list)
     state: str = "waiting"  # running, done, failed, skipped
     seconds: float = 0.0
-    options: Namespace = field(default_factory=Namespace)
+    options: Command = field(default_factory=dict)
 
     def is_finished(self) -> bool:
         """Whether its script has done all that it would do: then it needn't be started to hear so."""
@@ -98,7 +98,7 @@ class Planner:
         """Pre-training, and all its options."""
         given = [*arguments(options), *self.known("train", self.extra)]
         settled = self.settled_training(given)
-        return self._job("train", title, [sys.executable, "-u", "-m", "train", *given], Namespace(**settled)), settled
+        return self._job("train", title, [sys.executable, "-u", "-m", "train", *given], settled), settled
 
     def checkpoints(self, argv: Sequence[str]) -> Path:
         """Where `train.py argv` puts its checkpoints."""
@@ -108,7 +108,7 @@ class Planner:
         """All options of `train.py argv`."""
         o = self._parse("train", argv)
         trainings.fill_defaults(o)
-        return vars(o)
+        return o
 
     def run(self, script: str, options: Mapping[str, Any], title: str, after: Job | None, launched: bool,
             trained: Mapping[str, Any] | None = None) -> Job:
@@ -119,15 +119,15 @@ class Planner:
         given = [*arguments(options), *self.extra, "--resume"]
         o = self._parse(script, given)
         for key in names(lambda option: option.inherited) if trained else ():
-            if getattr(o, key) is None:
-                setattr(o, key, trained[key])
+            if o[key] is None:
+                o[key] = trained[key]
         start = ["-u", "-m", script]
         if launched:
-            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.num_models}",
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o['num_models']}",
                      str(ROOT / f"{script}.py")]
         return self._job(script, title, [sys.executable, *start, *given], o, after)
 
-    def _job(self, script: str, title: str, command: list[str], o: Namespace, after: Job | None = None) -> Job:
+    def _job(self, script: str, title: str, command: list[str], o: Command, after: Job | None = None) -> Job:
         job = self.jobs.setdefault(tuple(command), Job(script, title, command, options=o))
         if after and after not in job.after:
             job.after.append(after)
@@ -140,8 +140,8 @@ class Planner:
         """The option that --key=text sets in a script, and its value; None where the script knows no such."""
         try:
             name = self.parsers[script]._option_string_actions[f"--{key}"].dest
-            return name, getattr(self._parse(script, [f"--{key}={text}"]), name)
-        except (KeyError, AttributeError, ValueError):
+            return name, self._parse(script, [f"--{key}={text}"])[name]
+        except (KeyError, ValueError):
             return None
 
     def known(self, script: str, extra: Sequence[str]) -> list[str]:
@@ -153,11 +153,11 @@ class Planner:
             known += [word] if keep else []
         return known
 
-    def _parse(self, script: str, argv: Sequence[str]) -> Namespace:
+    def _parse(self, script: str, argv: Sequence[str]) -> Command:
         """Now, rather than when the job's turn comes."""
         parser = self.parsers[script]
         parser.error = lambda message: _refuse(f"{script}: {message}")
-        return parse(parser, argv)
+        return vars(parse(parser, argv))
 
 
 def _refuse(message: str) -> None:
@@ -233,7 +233,7 @@ SAME = ("dataset", "data", "model", "num_models", *names(lambda option: option.i
 def _data_and_model(options: Mapping[str, Any], planner: Planner) -> dict[str, Any]:
     """What these options say of the data and of the model, as train.py reads it."""
     given = {"dataset" if key == "data" else key: options[key] for key in SAME if options.get(key) is not None}
-    o = vars(planner._parse("train", arguments(given)))
+    o = planner._parse("train", arguments(given))
     return {key: o[key] for key in given}
 
 
@@ -289,7 +289,7 @@ def only(jobs: Sequence[Job], wanted: Mapping[str, Sequence[str]], planner: Plan
         setting = means(job.script, key, text)
         if setting is None and key.startswith("pretrain_"):
             return any(has(other, key.removeprefix("pretrain_"), text) for other in job.after)
-        return setting is not None and setting in vars(job.options).items()
+        return setting is not None and setting in job.options.items()
 
     those = set(jobs)
     for key, texts in wanted.items():

@@ -21,7 +21,7 @@ from reports.drawing import new_figure, save_figure
 from utils.progress import command
 
 KINDS = (".png", ".pdf", ".svg")
-ELSEWHERE = {"data_dir", "imgntdir"}  # where images lie, which may have moved since
+WHERE_IMAGES_LIE = {"data_dir", "imgntdir"}  # where images lie, which may have moved since
 OF_DATA = {option.name for option in OPTIONS if option.group == "data"} | {"seed"}
 
 
@@ -69,10 +69,10 @@ def settings_of(folder: Path) -> dict:
 
 def counts_of(settings: Mapping) -> tuple[str, np.ndarray]:
     """A title and the (agents, classes) counts of training images; settings: some of train.py's options, by name."""
-    o = argparse.Namespace(**vars(train_parser().parse_args([])) | settings)
+    o = vars(train_parser().parse_args([])) | settings
     fill_defaults(o)
-    dataset, parts, _ = deal(vars(o))
-    return (f"{o.dataset}, {o.num_models} agent{'s' * (o.num_models != 1)}, {dealt(vars(o))}",
+    dataset, parts, _ = deal(o)
+    return (f"{o['dataset']}, {o['num_models']} agent{'s' * (o['num_models'] != 1)}, {dealt(o)}",
             class_counts(parts, dataset.train.labels.numpy(), dataset.num_classes))
 
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = {key: value for key, value in o.items() if value is not None}
     settings = typed
     if folder is not None:
-        if known := sorted(typed.keys() - ELSEWHERE):
+        if known := sorted(typed.keys() - WHERE_IMAGES_LIE):
             raise ValueError(f"--{known[0]}: {folder} says how its data is dealt: leave the option or the folder out")
         settings = settings_of(Path(folder)) | typed
     title, counts = counts_of(settings)

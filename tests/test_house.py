@@ -49,11 +49,11 @@ def test_doors_are_short(door):
     assert len((ROOT / f"{door}.py").read_text().splitlines()) <= 150
 
 
-COMMANDS = {"reports", "experiments"}  # these read command lines
+COMMANDS = ("experiments/parsing.py", "experiments/sweep.py", "reports/tables.py")  # these read command lines
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if LEVEL[room(file)] < len(FLOORS)
-                                  and room(file) not in COMMANDS], ids=lambda file: str(file.relative_to(ROOT)))
+                                  and not str(file).endswith(COMMANDS)], ids=lambda file: str(file.relative_to(ROOT)))
 def test_what_agents_do_is_not_told_by_a_namespace(file):
     """Below the doors, settings are dataclasses that say what is in them."""
     assert not re.search(r"\bNamespace\b", file.read_text())

@@ -48,9 +48,9 @@ def test_values_stay_in_their_range(grey):
 @pytest.mark.parametrize("seeds", [["--seed=3"], ["--seed=8", "--partition_seed=3"]])
 def test_agents_train_on_their_noise_whoever_else_is_here(seeds):
     def data(*flags: str, only=None):
-        o = train_parser().parse_args(["--num_models=4", "--train_samples=200", *flags])
+        o = vars(train_parser().parse_args(["--num_models=4", "--train_samples=200", *flags]))
         fill_defaults(o)
-        return load_agents_data(vars(o), torch.device("cpu"), only)
+        return load_agents_data(o, torch.device("cpu"), only)
 
     (clean, parts, _), (noisy, same_parts, _) = data("--seed=3"), data("--feature_noise=0.2", *seeds)
     (alone, own, _) = data("--feature_noise=0.2", *seeds, only=[1])

@@ -1,6 +1,5 @@
 """The one table of options: what follows from an entry, and that nothing else lists options."""
 
-import argparse
 import dataclasses
 import re
 
@@ -130,13 +129,13 @@ def test_a_partition_has_the_options_that_it_asks_for(data_dist, asked):
     every = {"alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file"}
     o = given(TRAIN, f"--data_dist={data_dist}")
     assert every - silent(o) == asked
-    settled = argparse.Namespace(**o)
+    settled = dict(o)
     fill_defaults(settled)
-    assert {key for key in every if getattr(settled, key) is not None} == asked - {"partition_file"}
+    assert {key for key in every if settled[key] is not None} == asked - {"partition_file"}
     for key in every - asked:
         value = {"partition_file": "x.csv"}.get(key, 3)
         with pytest.raises(ValueError, match=rf"--{key} belongs to --data_dist=.*, not to {data_dist}"):
-            fill_defaults(argparse.Namespace(**o | {key: value}))
+            fill_defaults(o | {key: value})
 
 
 def test_what_is_dealt_is_said_where_it_is_not_plain():
@@ -175,10 +174,10 @@ def test_a_registered_methods_options_are_in_the_folders_name(monkeypatch):
 def test_a_registered_data_set_gets_its_folder(monkeypatch):
     monkeypatch.setitem(DATASETS, "mine", lambda *_: None)
     for dataset, folder in {"mine": "photos", "tinyimgnt": "photos", "digits": None}.items():
-        o = train_parser().parse_args([f"--dataset={dataset}", "--imgntdir=photos"])
+        o = given(TRAIN, f"--dataset={dataset}", "--imgntdir=photos")
         fill_defaults(o)
-        assert o.imgntdir == folder
-        assert ("imgntdir=photos" in str(checkpoint_folder(vars(o)))) == bool(folder)
+        assert o["imgntdir"] == folder
+        assert ("imgntdir=photos" in str(checkpoint_folder(o))) == bool(folder)
 
 
 def test_help_shows_what_most_need_and_help_all_the_rest(capsys):

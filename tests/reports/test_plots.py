@@ -218,17 +218,18 @@ def test_a_line_that_is_cut_short_is_not_yet_there(tmp_path):
 def test_scripts_and_pictures_agree_on_what_has_no_say():
     methods = [*METHODS, "NONE"]
     for opt, training, bn_reset in itertools.product(methods, ("True", "False"), ("none", "both")):
-        o = main_parser().parse_args([f"--opt={opt}", f"--training={training}", f"--bn_reset={bn_reset}", "--root=0"])
+        o = vars(main_parser().parse_args([f"--opt={opt}", f"--training={training}", f"--bn_reset={bn_reset}",
+                                           "--root=0"]))
         settle_alignment(o)
         matter = options_that_matter(o, {})
-        given = {key for key, value in vars(o).items() if value is not None}
-        assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), opt
+        given = {key for key, value in o.items() if value is not None}
+        assert {key for key in given if matter[key] is None} == given & without_say(o), opt
     for eval_bn in ("running", "local"):
-        o = base_lines_parser().parse_args(["--randominit", f"--eval_bn={eval_bn}"])
-        *_, topology = steps.settle(o, range(o.num_models))
+        o = vars(base_lines_parser().parse_args(["--randominit", f"--eval_bn={eval_bn}"]))
+        *_, topology = steps.settle(o, range(o["num_models"]))
         *_, matter = steps.the_run(o, {}, topology)
-        given = {key for key in matter if vars(o).get(key) is not None} - {"epochs"}  # a run may be made longer
-        assert {key for key in given if matter[key] is None} == given & without_say(vars(o)), eval_bn
+        given = {key for key in matter if o.get(key) is not None} - {"epochs"}  # a run may be made longer
+        assert {key for key in given if matter[key] is None} == given & without_say(o), eval_bn
 
 
 def test_seeds_share_a_line_and_nothing_else_does(make):

@@ -94,7 +94,7 @@ if __name__ == "__main__":
             poison_others(network.agents)
         for case in cases:
             before = Counter(seen)
-            o = main_parser().parse_args(arguments(checkpoints, folder, case))
+            o = vars(main_parser().parse_args(arguments(checkpoints, folder, case)))
             main.run(o, network, torch.device("cpu"), "merge_worker")
             done[case] = dict(seen - before)
         torch.save({"agents": network.agents, "sent": done}, folder / f"process_{rank()}.pt")

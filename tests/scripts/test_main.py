@@ -149,13 +149,13 @@ def test_agents_alone_reestimate_batch_norm_on_their_own_images(checkpoints, tmp
     command = [*RUN, f"--ckp={checkpoints}", "--merg_itr=1", "--opt=NONE", "--match_data=all"]
     folder = folder_of(script("main", *command, cwd=tmp_path), tmp_path)
     as_it_was = folder_of(script("main", *command, "--bn_reset=none", cwd=tmp_path), tmp_path)
-    o = main_parser().parse_args(command)
+    o = vars(main_parser().parse_args(command))
     settle_options(o, range(4))
-    dataset, train_parts, _ = load_agents_data(vars(o), torch.device("cpu"))
+    dataset, train_parts, _ = load_agents_data(o, torch.device("cpu"))
     for i in range(4):
         given = torch.load(checkpoints / f"model_{i}.pth", weights_only=True)
         images = Batches(dataset, dataset.train, train_parts[i], len(train_parts[i]))
-        expected = reestimate(new_model(ModelSettings.of(vars(o)), dataset), given, images)
+        expected = reestimate(new_model(ModelSettings.of(o), dataset), given, images)
         now, before = (torch.load(f / f"merged/model_{i}.pth", weights_only=True) for f in (folder, as_it_was))
         equal(before, given)
         assert now.keys() == given.keys()
