@@ -23,6 +23,7 @@ from merging.permutation import derive_spec, permute, random_permutations
 from models import MODELS, build_model
 from network.processes import OneProcess
 from network.topology import TOPOLOGIES, make_topology
+from network.wire import WIRES, through, wire_bytes
 from optimizers import BASELINES, Agent, FlatModel, Settings, neighbourhood, take_step
 from optimizers.corrections import CORRECTIONS, OfMerge
 from tests.helpers import TINY, folder_of, script
@@ -191,7 +192,7 @@ def examples(language: str) -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Iterator[Callable[[str], dict[str, Any]]]:
     """Executes an example in an empty folder, and gives its names; what it registers is forgotten afterwards."""
-    tables = (MODELS, TOPOLOGIES, PARTITIONS, DATASETS, BASELINES, METHODS, CORRECTIONS)
+    tables = (MODELS, TOPOLOGIES, PARTITIONS, DATASETS, BASELINES, METHODS, CORRECTIONS, WIRES)
     before = [dict(table) for table in tables]
     monkeypatch.chdir(tmp_path)
 
@@ -303,6 +304,13 @@ def a_correction(names: dict) -> None:
     assert float(update(torch.tensor(1.0), OfMerge(torch.tensor(4.0), torch.tensor(2.0)))) == 2.0
 
 
+def a_wire(names: dict) -> None:
+    state = {"w": torch.linspace(-2, 2, 64).view(8, 8), "b": torch.linspace(-2, 2, 8)}
+    arrived = through(state, "fp8")
+    assert wire_bytes(state, "fp8") == 64 + 8 * 4 and torch.equal(arrived["b"], state["b"])
+    assert torch.allclose(arrived["w"], state["w"], rtol=2**-4) and not torch.equal(arrived["w"], state["w"])
+
+
 CHECKS = {
     "README.md: Merge your own models": of_one_model,
     "README.md: Extend it": a_baseline,
@@ -316,6 +324,7 @@ CHECKS = {
     "docs/extending.md: A baseline": a_baseline,
     "docs/extending.md: A merging method": a_method,
     "docs/extending.md: A correction": a_correction,
+    "docs/extending.md: A wire format": a_wire,
 }
 
 
@@ -337,7 +346,7 @@ def test_the_command_lines_offer_what_the_examples_register(run, tmp_path):
     out = script("train", *options, "--epochs=1", cwd=tmp_path).stdout
     run_of = [*options, f"--ckp={out.splitlines()[-1].removeprefix('checkpoints: ')}", "--topology=line"]
     merged = script("main", *run_of, "--opt=RANDOM", "--merg_itr=2", "--training", "--epochs=1", "--correction=HALF",
-                    cwd=tmp_path)
+                    "--wire=fp8", cwd=tmp_path)
     stepped = script("base_lines", *run_of, "--opt=SIGN", "--epochs=1", "--num_epochs=1", cwd=tmp_path)
     for result, method in ((merged, "RANDOM"), (stepped, "SIGN")):
         assert f"bright_digits/mlp/sorted/trained/{method}/line_3/" in folder_of(result, tmp_path).as_posix()

@@ -11,7 +11,7 @@ from network.wire import WIRES, pack, through, unpack, wire_bytes
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OTHERS = [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool]
 TINY = 2.0 ** -126  # float32's smallest normal number
-COMPACT = st.sampled_from(WIRES[1:])
+COMPACT = st.sampled_from([*WIRES][1:])
 
 
 def as_bytes(value):
@@ -68,7 +68,7 @@ def test_fp32_is_exact_whatever_the_dtypes_shapes_and_layouts(state):
 
 
 @settings(max_examples=50)
-@given(states(FLOATS + OTHERS), st.sampled_from(WIRES))
+@given(states(FLOATS + OTHERS), st.sampled_from([*WIRES]))
 def test_the_vector_is_new_flat_and_of_the_length_foretold(state, wire):
     vector = pack(state, wire)
     assert (vector.dtype, vector.shape) == (torch.uint8, (wire_bytes(state, wire),)) and vector.is_contiguous()
@@ -92,7 +92,7 @@ def test_only_kernels_become_smaller_and_only_where_that_saves_bytes(state, wire
 
 
 @settings(max_examples=50)
-@given(states(FLOATS + OTHERS), st.sampled_from(WIRES))
+@given(states(FLOATS + OTHERS), st.sampled_from([*WIRES]))
 def test_through_is_what_unpack_makes_of_pack(state, wire):
     before = {key: value.clone() for key, value in state.items()}
     assert same(through(state, wire), unpack(pack(state, wire), state, wire))
