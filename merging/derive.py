@@ -18,12 +18,12 @@ from merging.running import converted, is_mixed, own_copy, run, unwrapped
 from merging.spec import Member, PermutationSpec, Read
 from merging.trace import Source, Trace
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
-from merging.verification import Arguments, Example, arguments, samples, verify
+from merging.verification import Arguments, Choice, Example, arguments, samples, verify
 from merging.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
 
 
 def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | None = None, *,
-                check: bool = True) -> PermutationSpec:
+                outputs: Choice | None = None, check: bool = True) -> PermutationSpec:
     """Watch `model` at work and find which entries of its tensors can be permuted together.
 
     model: any network; it is not changed. DataParallel and torch.compile are taken off it: names are those within.
@@ -31,6 +31,8 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
         arguments, nested as it takes them. kwargs: keyword arguments besides. Only shapes and types of tensors count,
         unless the network gives nothing finite for random values (see `verify`). What else it takes is passed as it is,
         and so is a tensor without a dimension. Tensors with as many rows as the first one are batches.
+    outputs: what of the outputs has to stay as it is: a name ("logits"), a number or a function of them. None: all.
+        Hidden states that nobody reads are outputs, too, whose units would be fixed.
     check: permute the units that were found, and compare the outputs in float64 (see `verify`): an error in the
         derivation is an exception here, never a wrong merge later.
     What the model's inputs and outputs hold is never permuted. What can't be permuted is listed in `spec.fixed`: an
@@ -43,7 +45,7 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     original = unwrapped(model)
     if what := converted(original):
         raise UnsupportedOperation(f"{what}, so it can't be watched at work: pass the model that it was made from")
-    example = arguments(example, kwargs)
+    example = arguments(example, kwargs, outputs)
     inputs = samples(original, example)
     model = own_copy(original)
     shared = units, names, state, _ = Units(), _names(model), {}, {}
@@ -114,7 +116,7 @@ def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, s
     for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
     outputs = run(model, *inputs.args, keywords=inputs.kwargs, within=trace, what="an example")
-    for tensor in tensors_within(outputs):
+    for tensor in tensors_within(outputs if model.training else inputs.chosen(outputs)):
         trace.refuse_unseen(tensor, "the output")
         units.fix(trace.layout(tensor), "the model's output")
     return trace
@@ -182,17 +184,17 @@ def _read(source: Source, labels: Labels, where: Tensor, others: list[Labels], b
 
 
 def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example,
-                   kwargs: Mapping[str, Any] | None = None) -> PermutationSpec:
+                   kwargs: Mapping[str, Any] | None = None, outputs: Choice | None = None) -> PermutationSpec:
     """A spec by hand: tensor -> one name for each dimension, None where nothing is permuted.
 
     Dimensions of the same name are permuted together; one that is longer than the shortest of its name holds each unit
     as a run of consecutive entries (a flattened map). Tensors that are left out hold no units. The layers' inputs whose
-    features are read are found by watching the model. The spec is verified before it is returned. The example and its
-    kwargs: as in `derive_spec`.
+    features are read are found by watching the model. The spec is verified before it is returned. The example, its
+    kwargs and outputs: as in `derive_spec`.
 
     Raises ValueError for unknown tensors, wrong numbers of dimensions or sizes, and where the function would change.
     """
-    model, example = unwrapped(model), arguments(example, kwargs)
+    model, example = unwrapped(model), arguments(example, kwargs, outputs)
     state = model.state_dict()
     sizes: dict[str, int] = {}
     for tensor, names in axes.items():

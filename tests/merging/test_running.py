@@ -510,6 +510,35 @@ def test_a_forward_pass_is_called_as_it_takes_its_arguments(example, kwargs):
         spec_from_axes(Called(), WRONG[0], example=example, kwargs=kwargs)
 
 
+class Hidden(Net):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        hidden = self.a(x.flatten(1)).relu()
+        return self.wrap(self.b(hidden), hidden)
+
+
+@pytest.mark.parametrize(("wrap", "outputs"), [
+    (lambda y, h: {"logits": y, "hidden": h}, "logits"), (Loose, "logits"), (lambda y, h: (h, y), 1),
+    (lambda y, h: {"all": [h, {"y": y}]}, lambda found: found["all"][1]),
+])
+def test_what_of_the_outputs_stays_can_be_chosen(wrap, outputs):
+    model = Hidden(wrap)
+    assert derive_spec(model, IMAGES[:1]).sizes == {}
+    spec = derive_spec(model, IMAGES[:1], outputs=outputs)
+    assert spec.sizes == {"a": 8} and "b" in spec.fixed
+    assert verify(model, spec, IMAGES[:1], outputs=outputs) < 1e-12
+    with pytest.raises(ValueError, match="changes the outputs"):
+        verify(model, spec, IMAGES[:1])
+    assert spec_from_axes(model, RIGHT, example=IMAGES[:1], outputs=outputs).sizes == {"h": 8}
+    with pytest.raises(ValueError, match="changes the outputs"):
+        spec_from_axes(model, WRONG[0], example=IMAGES[:1], outputs=outputs)
+    with pytest.raises(ValueError, match="outputs='absent' can't be taken from the "):
+        derive_spec(model, IMAGES[:1], outputs="absent")
+
+
 def test_examples_that_are_none_are_named():
     with pytest.raises(ValueError, match=r"a tensor, a tuple .* or a dict of its keyword arguments, not a str"):
         derive_spec(Net(), "x")
