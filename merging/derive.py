@@ -53,7 +53,8 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     failure = None
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
-            _watch(model.train(), inputs, *shared)
+            model.train()
+            _watch(model, inputs, *shared)
         except ValueError as error:
             failure = error
     everything = model.state_dict(keep_vars=True)
@@ -66,7 +67,8 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     spec = _spec(units, trace, everything, names)
     spec.fixed.update(dict.fromkeys(unused, "the forward pass does not use it"))
     if check and spec.sizes:
-        _check_reads(model.eval(), spec, trace, samples(model, example, 3))
+        model.eval()
+        _check_reads(model, spec, trace, samples(model, example, 3))
         verify(original, spec, example)
     return spec
 

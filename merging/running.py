@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -44,7 +44,11 @@ def own_copy(model: nn.Module) -> nn.Module:
     """
     try:
         with _Detaching():
-            return copy.deepcopy(model).train().eval()
+            twin = copy.deepcopy(model)
+        with suppress(Exception):  # of what can only be evaluated
+            twin.train()
+        twin.eval()
+        return twin
     except Exception as error:  # __deepcopy__ of whatever the model holds
         raise ValueError(f"{type(model).__name__} can't be copied: {_reason(error)}; keep in it only what "
                          "copy.deepcopy can copy") from error

@@ -484,6 +484,18 @@ def test_a_cache_of_earlier_tensors_is_not_copied(gradients):
     assert derive_spec(model, IMAGES[:1]).sizes == sizes and model.cache and not model.training
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_train_of_ones_own_may_return_nothing_or_refuse(refuses):
+    class Frozen(Net):
+        def train(self, mode=True):
+            if refuses and mode:
+                raise NotImplementedError("for evaluation only")
+            super().train(mode)
+
+    assert derive_spec(Frozen(), IMAGES[:1]).sizes == {"a": 8}
+    merge([Frozen(), Frozen(seed=1)], HALVES, batches=[IMAGES], bn_reset="repair")
+
+
 # Arguments
 
 
