@@ -101,6 +101,7 @@ def merge(
     - With `local_batches` agent i matches its neighbours' models to its own on its own images and re-estimates its
       merged model on them; nobody else's are read for it.
     - Images go through a copy of the model in the model's own precision; merged tensors have that of the agent's own.
+    - What is in DataParallel or compiled is merged as what is within, and comes back under the names that it had.
     - A module's extra state (`get_extra_state`), other entries that are no tensors, and integers stay the agent's own.
 
     Args:
@@ -139,7 +140,7 @@ def merge(
             bn_reset="repair", which takes statistics of every model.
     """
     way, matching = _way(method, matching, bn_reset, robust, lent)
-    model, states = model_and_states(models_or_states, model)
+    model, states, prefixes = model_and_states(models_or_states, model)
     weights = mixing_matrix(weights, len(states))
     if not isinstance(spec, PermutationSpec | None):
         raise ValueError(f"spec= is a {type(spec).__name__}: pass what derive_spec returns")
@@ -213,6 +214,8 @@ def merge(
             state = states[int(weights[i].argmax())]
             result[i] = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
                          for key, value in state.items()}
+    result = [{prefix + key: value for key, value in state.items()} if prefix and state else state
+              for state, prefix in zip(result, prefixes, strict=True)]
     return Merged(result, matched, permutations, [0 if once and i in wanted else i for i in range(len(states))])
 
 

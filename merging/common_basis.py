@@ -27,6 +27,7 @@ from merging.assignment import assign
 from merging.averaging import State
 from merging.batch_norm import Batches
 from merging.permutation import Permutations, PermutationSpec, identity
+from merging.weight_matching import match_unread
 
 
 def align(
@@ -55,6 +56,7 @@ def align(
     each = [found[k][0] for k in range(own)]
     favour, images, at = PRIORS[matching.prior], found[0][1], matching.at
     best = assign(spec, favour(spec, _weighted_sum(each, weights), images, at, sum(weights)))
+    best = match_unread(spec, references[int(np.argmax(weights))], state, best)
     return best, [mean_correlations(spec, similarity, best, at) for similarity in each]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,61 +14,77 @@ from torch import Tensor, nn
 
 from merging.bundles import groups
 from merging.rules import RULES
-from merging.running import is_mixed, own_copy, run
+from merging.running import converted, is_mixed, own_copy, run, unwrapped
 from merging.spec import Member, PermutationSpec, Read
 from merging.trace import Source, Trace
 from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
-from merging.verification import Example, samples, verify
+from merging.verification import Arguments, Choice, Example, arguments, samples, verify
 from merging.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
 
 
-def derive_spec(model: nn.Module, example: Example, *, check: bool = True) -> PermutationSpec:
+def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | None = None, *,
+                outputs: Choice | None = None, check: bool = True) -> PermutationSpec:
     """Watch `model` at work and find which entries of its tensors can be permuted together.
 
-    model: any network; it is not changed.
-    example: an input batch (B, ...), or a tuple of the forward pass's inputs, of which those that are no tensors (or
-        have no dimension) are passed as they are. Only shapes and types count, unless the network gives nothing finite
-        for random values (see `verify`).
+    model: any network; it is not changed. DataParallel and torch.compile are taken off it: names are those within.
+    example: an input batch (B, ...), a tuple or list of the forward pass's arguments, or a dict of its keyword
+        arguments, nested as it takes them. kwargs: keyword arguments besides. Only shapes and types of tensors count,
+        unless the network gives nothing finite for random values (see `verify`). What else it takes is passed as it is,
+        and so is a tensor without a dimension. Tensors with as many rows as the first one are batches.
+    outputs: what of the outputs has to stay as it is: a name ("logits"), a number or a function of them. None: all.
+        Hidden states that nobody reads are outputs, too, whose units would be fixed.
     check: permute the units that were found, and compare the outputs in float64 (see `verify`): an error in the
         derivation is an exception here, never a wrong merge later.
     What the model's inputs and outputs hold is never permuted. What can't be permuted is listed in `spec.fixed`: an
-    operation that is not known fixes what goes into it.
+    operation that is not known fixes what goes into it, and a tensor that the forward pass doesn't use stays as it is.
 
-    Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, and for
-    parameters or buffers that it does not use and that may hold units; ValueError when the model refuses the example,
-    can't be copied, or doesn't pass the check.
+    Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, for
+    scripted, traced and quantised models, and where parameters or buffers may be used in training only, but that can't
+    be watched; ValueError when the model refuses the example, can't be copied, or doesn't pass the check.
     """
-    inputs = samples(model, example)
-    original, model = model, own_copy(model)
+    original = unwrapped(model)
+    if what := converted(original):
+        raise UnsupportedOperation(f"{what}, so it can't be watched at work: pass the model that it was made from")
+    example = arguments(example, kwargs, outputs)
+    inputs = samples(original, example)
+    model = own_copy(original)
     shared = units, names, state, _ = Units(), _names(model), {}, {}
     trace = _watch(model, inputs, *shared)
-    failure = ""
+    failure = None
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
-            _watch(model.train(), inputs, *shared)
+            model.train()
+            _watch(model, inputs, *shared)
         except ValueError as error:
-            failure = f" Those of training only can't be seen, because {error}"
+            failure = error
     everything = model.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in reversed(everything.items())}
-    unused = [name for name, tensor in everything.items() if names.get(id(tensor), first[id(tensor)]) not in state
-              and _matters(name) and is_mixed(name, tensor) and _may_hold_units(tensor)]
-    if unused:
+    unused = _unused(everything, names, state)
+    if unused and failure:
         raise UnsupportedOperation(
             f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
-            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. Remove them from the model.{failure}"
-        )
+            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. Remove them from the model. Those of "
+            f"training only can't be seen, because {failure}")
     spec = _spec(units, trace, everything, names)
+    spec.fixed.update(dict.fromkeys(unused, "the forward pass does not use it"))
     if check and spec.sizes:
-        _check_reads(model.eval(), spec, trace, samples(model, example, 3))
+        model.eval()
+        _check_reads(model, spec, trace, samples(model, example, 3))
         verify(original, spec, example)
     return spec
 
 
+def _unused(everything: Mapping[str, Tensor], names: Mapping[int, str], state: Mapping[str, Layout]) -> list[str]:
+    """Those of a model's tensors that may hold units, and that no forward pass has met."""
+    first = {id(tensor): name for name, tensor in reversed(everything.items())}
+    return [name for name, tensor in everything.items() if names.get(id(tensor), first[id(tensor)]) not in state
+            and _matters(name) and is_mixed(name, tensor) and _may_hold_units(tensor)]
+
+
 @torch.no_grad()
-def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: tuple[Tensor, ...]) -> None:
+def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: Arguments) -> None:
     """Reads are found by counting calls, which must not depend on the size of the batch."""
     count = Watch()
-    run(model, *inputs, within=count, what="inputs")
+    run(model, *inputs.args, keywords=inputs.kwargs, within=count, what="inputs")
     for function in {read.function for reads in spec.reads.values() for read in reads}:
         if count.calls[function] != trace.calls[function]:
             raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
@@ -93,14 +110,16 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, inputs: tuple, units: Units, names: dict[int, str],
+def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, str],
            state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
     trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
     for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
-    for tensor in tensors_within(run(model, *inputs, within=trace, what="an example")):
+    outputs = run(model, *inputs.args, keywords=inputs.kwargs, within=trace, what="an example")
+    for tensor in tensors_within(outputs if model.training else inputs.chosen(outputs)):
+        trace.refuse_unseen(tensor, "the output")
         units.fix(trace.layout(tensor), "the model's output")
     return trace
 
@@ -166,15 +185,18 @@ def _read(source: Source, labels: Labels, where: Tensor, others: list[Labels], b
                 by.removesuffix(".weight"), source.storage in trace.written)
 
 
-def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example) -> PermutationSpec:
+def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example,
+                   kwargs: Mapping[str, Any] | None = None, outputs: Choice | None = None) -> PermutationSpec:
     """A spec by hand: tensor -> one name for each dimension, None where nothing is permuted.
 
     Dimensions of the same name are permuted together; one that is longer than the shortest of its name holds each unit
     as a run of consecutive entries (a flattened map). Tensors that are left out hold no units. The layers' inputs whose
-    features are read are found by watching the model. The spec is verified before it is returned.
+    features are read are found by watching the model. The spec is verified before it is returned. The example, its
+    kwargs and outputs: as in `derive_spec`.
 
     Raises ValueError for unknown tensors, wrong numbers of dimensions or sizes, and where the function would change.
     """
+    model, example = unwrapped(model), arguments(example, kwargs, outputs)
     state = model.state_dict()
     sizes: dict[str, int] = {}
     for tensor, names in axes.items():

@@ -12,11 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from merging.averaging import State
 from merging.batch_norm import Batches, images_in
-from merging.running import is_mixed
+from merging.running import converted, is_mixed, prefix_of, unwrapped
 
 
-def model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None]]:
-    """The architecture and the agents' detached state dicts, checked against each other; None stays None."""
+def model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None], list[str]]:
+    """The architecture and the agents' detached state dicts, checked against each other; None stays None.
+
+    Of what was in DataParallel or compiled, it is what is within; and what stood before each agent's names.
+    """
     given = list(given)
     if not given:
         raise ValueError("merge needs at least one model")
@@ -30,8 +33,14 @@ def model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Modul
         model = max(modules, key=lambda one: max((p.dtype.itemsize for p in one.parameters()), default=0))
     if not isinstance(model, nn.Module):
         raise ValueError(f"model= is a {type(model).__name__}: pass the architecture, an nn.Module")
+    model = unwrapped(model)
+    if (what := converted(model)).endswith("quantised"):
+        raise ValueError(f"{what}: merge the models that these were made from, and quantise what comes out")
     states = [one.state_dict() if isinstance(one, nn.Module) else one for one in given]
     expected = model.state_dict()
+    prefixes = [prefix_of(state or {}, expected) for state in states]
+    states = [{name.removeprefix(prefix): value for name, value in state.items()} if prefix else state
+              for state, prefix in zip(states, prefixes, strict=True)]
     first = next((state for state in states if state is not None), expected)
     for agent, state in enumerate(states):
         if state is None:
@@ -47,7 +56,7 @@ def model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Modul
                                      f"{first[key].device}: bring the models to one device")
     return model, [None if state is None else {
         key: value.detach() if isinstance(value, Tensor) else value for key, value in state.items()
-    } for state in states]
+    } for state in states], prefixes
 
 
 def _check_tensor(name: str, tensor: Any, expected: Any) -> None:

@@ -17,7 +17,7 @@ from merging.averaging import State, weighted_average
 from merging.batch_norm import Batches
 from merging.common_basis import between, universe
 from merging.permutation import Permutations, PermutationSpec, invert
-from merging.weight_matching import match_weights
+from merging.weight_matching import match_unread, match_weights
 
 Matched = Mapping[Edge, Permutations | Pairing]
 Average = Callable[[Sequence[State], Sequence[float], int], State]
@@ -69,8 +69,13 @@ def register_method(name: str, **properties: Any) -> Callable[[Callable], Callab
 @register_method("DIMAT", reads_images=True, options=Matching)
 def match_by_activations(spec: PermutationSpec, model: nn.Module, states: Sequence[State], pairs: Sequence[Edge],
                          batches: Batches, *, matching: Matching) -> Matched:
-    """Activation matching (DIMAT, the paper's method)."""
-    return match_activations(spec, model, states, pairs, batches, matching)
+    """Activation matching (DIMAT, the paper's method); by weights where no layer reads activations."""
+    matched = match_activations(spec, model, states, pairs, batches, matching)
+    for i, j in [edge for edge in matched if edge[0] < edge[1]]:
+        found = match_unread(spec, states[i], states[j], matched[i, j].permutations)
+        matched[i, j] = Pairing(found, matched[i, j].correlations)
+        matched[j, i] = Pairing(invert(found), matched[i, j].correlations)
+    return matched
 
 
 @register_method("WM")
@@ -91,6 +96,8 @@ def match_all_at_once(spec: PermutationSpec, model: nn.Module, states: Sequence[
     agents = sorted({agent for pair in pairs for agent in pair})
     place = {agent: k for k, agent in enumerate(agents)}
     orders, correlations = universe(spec, model, [states[i] for i in agents], batches, matching, names=agents)
+    orders = [match_unread(spec, states[agents[0]], states[i], order)  # the first one's order is that of all
+              for i, order in zip(agents, orders, strict=True)]
     return {(i, j): Pairing(between(orders[place[i]], orders[place[j]]),
                             correlations[min(place[i], place[j]), max(place[i], place[j])]) for i, j in pairs}
 

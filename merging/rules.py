@@ -130,7 +130,7 @@ def _move(trace: Trace, call: Call, *_: Any, only: int | None = None, **__: Any)
     if call.name == "view" and any(isinstance(leaf, torch.dtype) for leaf in leaves):
         raise NoRule
     indices = [leaf for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and n not in data
-               and trace.is_activation(leaf)]
+               and trace.is_activation(leaf) and not call.name.endswith("_as")]  # these give a shape
     if any(map(trace.layout, indices)) or not data:
         raise NoRule
 
@@ -273,6 +273,18 @@ def _product(trace: Trace, call: Call, operands: Sequence[tuple[Tensor, str]], r
     return _contract(trace, [(*trace.operand(t), letters) for t, letters in operands], result, named + here())
 
 
+@rule("cosine_similarity")
+def _cosine_similarity(trace: Trace, call: Call, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 0) -> list[Layout]:
+    rank = max(x1.ndim, x2.ndim)
+    dim = dim % rank
+    for x in (x1, x2):
+        for labels in trace.layout(x):
+            if dim - rank + x.ndim in varied(labels):
+                trace.read(call, x, labels, call.name)
+    layout = trace.units.join([trace.operand(x1), trace.operand(x2)], call.name + here())
+    return [trace.units.reduce(layout, [dim], keepdim=False)]
+
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -312,10 +324,13 @@ def _baddbmm(trace: Trace, call: Call, input: Tensor, batch1: Tensor, batch2: Te
 def _einsum(trace: Trace, call: Call, equation: str, *operands: Any) -> list[Layout]:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = operands[0]
-    equation = equation.replace(" ", "")
-    inputs, arrow, result = equation.partition("->")
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
     inputs = inputs.split(",")
-    if "..." in equation or not arrow or any(len(set(letters)) < len(letters) for letters in inputs):
+    more = [x.ndim - len(letters) + 3 if "..." in letters else 0 for x, letters in zip(operands, inputs, strict=True)]
+    free = "".join(letter for letter in _LETTERS if letter not in equation)[: max(more)]
+    inputs = [letters.replace("...", free[len(free) - n:]) for letters, n in zip(inputs, more, strict=True)]
+    result = result.replace("...", free)
+    if not arrow or any(len(set(letters)) < len(letters) for letters in inputs):
         raise NoRule
     return [_product(trace, call, list(zip(operands, inputs, strict=True)), result)]
 

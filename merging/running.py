@@ -6,8 +6,9 @@ What the network's code raises becomes a ValueError here, with one sentence.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -38,30 +39,109 @@ def own_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode that shares no tensor with `model`, which may come right from a training step.
 
     It may hold tensors with a history of gradients: features that it keeps, weights that weight_norm or prune computed.
+    What it throws away for training (a cache of what evaluation computes from its parameters) isn't in the copy.
     Raises ValueError where it holds something that can't be copied (a lock, an open file).
     """
     try:
         with _Detaching():
-            return copy.deepcopy(model).eval()
+            twin = copy.deepcopy(model)
+        with suppress(Exception):  # of what can only be evaluated
+            twin.train()
+        twin.eval()
+        return twin
     except Exception as error:  # __deepcopy__ of whatever the model holds
         raise ValueError(f"{type(model).__name__} can't be copied: {_reason(error)}; keep in it only what "
                          "copy.deepcopy can copy") from error
 
 
-def run(model: nn.Module, *inputs: Any, within: AbstractContextManager | None = None, what: str = "images") -> Any:
+def run(model: nn.Module, *inputs: Any, keywords: Mapping[str, Any] | None = None,
+        within: AbstractContextManager | None = None, what: str = "images") -> Any:
     """The model's outputs, computed `within` a context, from floating inputs in a precision of its own.
 
+    Its attributes are as before then: what it kept belongs to its present tensors. Compiled parts run uncompiled.
     Raises DoesNotRun where the model's code raises anything but UnsupportedOperation; `what` the inputs are, for that.
     """
-    inputs = tuple(x.to(dtype_of(model, x)) if isinstance(x, Tensor) else x for x in inputs)
+    inputs, keywords = tree_map(lambda x: x.to(dtype_of(model, x)) if isinstance(x, Tensor) else x,
+                                (inputs, dict(keywords or {})))
     try:
-        with within or nullcontext():
-            return model(*inputs)
+        with _forgetting(model), _uncompiled(), within or nullcontext():
+            return model(*inputs, **keywords)
     except UnsupportedOperation:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        shapes = ", ".join([*map(_shape, inputs), *(f"{name}={_shape(x)}" for name, x in keywords.items())])
         raise DoesNotRun(f"{type(model).__name__} fails on {what} of shape {shapes}: {_reason(error)}") from error
+
+
+@contextmanager
+def _forgetting(model: nn.Module) -> Iterator[None]:
+    """After it, the model's attributes, and the dicts and lists in them, hold what they held before."""
+    kept = {id(vars(module)): (vars(module), dict(vars(module))) for module in model.modules()}
+
+    def look(value: Any) -> None:
+        if isinstance(value, (dict, list)) and id(value) not in kept:
+            kept[id(value)] = value, copy.copy(value)
+            for inner in value.values() if isinstance(value, dict) else value:
+                look(inner)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                look(value)
+    try:
+        yield
+    finally:
+        for holder, content in kept.values():
+            if isinstance(holder, dict):
+                for key in holder.keys() - content.keys():
+                    del holder[key]
+                holder.update(content)
+            else:
+                holder[:] = content
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Within it, what was compiled runs as it was written."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # else nothing was, or it can't be
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def prefix_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """What such wrappers put before the `expected` names of a state dict's entries."""
+    first, prefix = next(iter(state), ""), ""
+    while state.keys() != {prefix + name for name in expected}:
+        more = next((wrapper for wrapper in ("module.", "_orig_mod.") if first.startswith(prefix + wrapper)), None)
+        if more is None:
+            return ""
+        prefix += more
+    return prefix
+
+
+def converted(model: nn.Module) -> str:
+    """What a network, or a part of it, was turned into whose tensors can't be watched at work; "" if into nothing."""
+    for name, module in model.named_modules():
+        what = ("scripted or traced by torch.jit" if isinstance(module, torch.jit.ScriptModule) else
+                "quantised" if type(module).__module__.startswith("torch.ao.nn.") and "quantized" in
+                type(module).__module__ else "")
+        if what:
+            return f"{type(model).__name__}{f', in {name},' if name else ''} is {what}"
+    return ""
+
+
+def _shape(x: Any) -> str:
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _reason(error: Exception) -> str:

@@ -136,6 +136,14 @@ class Trace(Watch):
         return Source(call.name, call.number, slot, self.layout(tensor), self.serials[tensor],
                       StorageWeakRef(tensor.untyped_storage()))
 
+    def refuse_unseen(self, tensor: Tensor, where: str, place: Callable[[], str] = str) -> None:
+        """Raises UnsupportedOperation for a tensor that something made which isn't seen here."""
+        if tensor.is_floating_point() and not (tensor in self.layouts or tensor in self.constants
+                                               or self.name(tensor) is not None):
+            raise UnsupportedOperation(
+                f"{where}{place()} meets a tensor of shape {tuple(tensor.shape)} that was made where it can't be seen, "
+                "as in torch.jit.script or vmap: write that in plain PyTorch, or make a constant a buffer")
+
     def plain(self, tensor: Tensor, dims: Iterable[int], where: str) -> Layout:
         """The tensor's layout once units along `dims` are fixed, because order counts there."""
         dims, layout = set(dims), self.layout(tensor)
@@ -166,7 +174,8 @@ class Trace(Watch):
         tables = [tensor for tensor in known if not (tensor.is_floating_point() or tensor in self.layouts)]
         for table in tables:
             self.layout(table)  # of positions, or a mask: it holds no units, and what is made of it neither
-        self._refuse_unseen(call)
+        for tensor in call.tensors:
+            self.refuse_unseen(tensor, call.name, here)
         if len(known) == len(tables) or call.name in CONSTANTS:
             call.result = super().watch(call)
             for tensor in call.results:
@@ -181,15 +190,6 @@ class Trace(Watch):
         if call.results:
             self._note(call)
         return call.result
-
-    def _refuse_unseen(self, call: Call) -> None:
-        for tensor in call.tensors:
-            if tensor.is_floating_point() and not (tensor in self.layouts or tensor in self.constants
-                                                   or self.name(tensor) is not None):
-                raise UnsupportedOperation(
-                    f"{call.name}{here()} meets a tensor of shape {tuple(tensor.shape)} that was made where it can't "
-                    "be seen, as in torch.jit.script or vmap: write that in plain PyTorch, or make a constant a buffer"
-                )
 
     def _note(self, call: Call) -> None:
         """The layouts of a call's results, and where these can be fetched."""

@@ -4,19 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run
+from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run, unwrapped
 from merging.spec import PermutationSpec, identity, permute, random_permutations
-from merging.watch import tensors_within
+from merging.watch import tensors_of, tensors_within
 
-Example = Tensor | Sequence[Any]
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+Choice = str | int | Callable[[Any], Any]
 
 
-def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance: float = 1e-9) -> float:
+class Arguments(NamedTuple):
+    """What a forward pass is called with."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: Choice | None = None
+
+    def chosen(self, results: Any) -> Any:
+        """What of a forward pass's results counts."""
+        if self.outputs is None:
+            return results
+        try:
+            if callable(self.outputs):
+                return self.outputs(results)
+            by_key = isinstance(self.outputs, int) or isinstance(results, Mapping)
+            return results[self.outputs] if by_key else getattr(results, self.outputs)
+        except Exception as error:
+            raise ValueError(f"outputs={self.outputs!r} can't be taken from the {type(results).__name__} that the "
+                             f"model puts out: {error}") from error
+
+
+def arguments(example: Example, kwargs: Mapping[str, Any] | None = None, outputs: Choice | None = None) -> Arguments:
+    """A tensor, a tuple or list of arguments, or a dict of keyword arguments; and keyword arguments besides."""
+    if isinstance(example, Arguments):
+        return example
+    if isinstance(example, Mapping):
+        args, kwargs = (), {**example, **(kwargs or {})}
+    elif isinstance(example, (tuple, list)):
+        args = tuple(example)
+    elif isinstance(example, Tensor):
+        args = (example,)
+    else:
+        raise ValueError(f"an example is a tensor, a tuple of the forward pass's arguments or a dict of its keyword "
+                         f"arguments, not a {type(example).__name__}")
+    return Arguments(args, dict(kwargs or {}), outputs)
+
+
+def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance: float = 1e-9,
+           kwargs: Mapping[str, Any] | None = None, outputs: Choice | None = None) -> float:
     """Check that permuting the units of every group leaves the function alone; the relative error of the outputs.
 
     On a copy in float64 on the CPU, with random inputs, and random values instead of constant ones in its tensors (as a
@@ -24,11 +64,13 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
     outputs (a logarithm), uniform between 0 and 1, or else close to the example. What the network asks for in a lower
     precision is in float64 as well. A network that can't run so is checked as it is, where it is; then `tolerance` is a
     hundred times what rounding its tensors to their precision does to the outputs.
-    Each output tensor is compared on its own.
+    Each output tensor is compared on its own. The example, its kwargs and outputs: as in `derive_spec`.
 
     Raises ValueError, naming a group at fault, if the outputs differ by more than `tolerance`, and where they can't be
-    compared: there are none, none is finite, or they depend on more than inputs and tensors.
+    compared: there are none, none is finite, their number varies, they don't depend on what is permuted, or they depend
+    on more than inputs and tensors.
     """
+    model, example = unwrapped(model), arguments(example, kwargs, outputs)
     try:
         return _verify(model, spec, example, lambda: own_copy(model).cpu().double(), tolerance)
     except DoesNotRun as failure:
@@ -38,64 +80,106 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
             raise failure from None
 
 
-def _verify(original: nn.Module, spec: PermutationSpec, example: Example, fresh: Callable[[], nn.Module],
+def _verify(original: nn.Module, spec: PermutationSpec, example: Arguments, fresh: Callable[[], nn.Module],
             tolerance: float | None) -> float:
     """See `verify`. fresh() is a copy to check, in float64; or, with a tolerance of None, as it is."""
-    kind, wide = type(original).__name__, tolerance is not None
-    model, noise = fresh(), torch.Generator().manual_seed(1)
-    state = model.state_dict()
-    _make_unlike(state, noise)
-
-    @torch.no_grad()
-    def outputs(state: Mapping[str, Any], model: nn.Module = model) -> list[Tensor]:
-        Slots(model).put(state)
-        results = run(model, *inputs, within=DoublePrecision() if wide else None, what="inputs")
-        return [(torch.view_as_real(y) if y.is_complex() else y).double().flatten().cpu()
-                for y in tensors_within(results)]
-
-    tried = []
-    for draw in (_normal, _uniform, _near):
-        inputs = samples(model, example, draw=draw)
-        expected = outputs(state)
-        tried.append((sum(int(y.isfinite().sum()) for y in expected), inputs, expected))
-        if tried[-1][0] == sum(map(len, expected)):
-            break
-    finite, inputs, expected = max(tried, key=lambda one: one[0])
-    if not finite:
-        what = "only NaN and infinite values" if any(map(len, expected)) else "no values"
-        raise ValueError(f"{kind} puts out {what}, so there is nothing to check a spec by: pass an example of inputs "
-                         "that it puts out numbers for")
-
+    kind, noise = type(original).__name__, torch.Generator().manual_seed(1)
+    passes = _Passes(kind, fresh(), example, tolerance is not None, noise)
+    state = passes.state
     if tolerance is None:
         rounded, coarsest = _rounded(state, noise)
-        tolerance = 100 * max(_error(outputs(rounded), expected), coarsest)
+        tolerance = 100 * max(passes.error(rounded), coarsest)
         if not tolerance <= 1e-2:
             raise DoesNotRun(f"the outputs of {kind} depend too much on rounding to check a spec by")
-
-    def fits(found: list[Tensor]) -> bool:
-        return _error(found, expected) <= tolerance
-
     permutations = random_permutations(spec, noise)
     permuted = permute(spec, permutations, state)
-    worst = _error(outputs(permuted), expected)
+    worst = passes.error(permuted)
     if worst <= tolerance:
+        if spec.sizes and not passes.depend_on(spec, tolerance, noise):
+            raise ValueError(f"the outputs of {kind} do not depend on the tensors that are permuted, so there is "
+                             "nothing to check a spec by: pass an example of inputs whose outputs do")
         return worst
-    if not fits(outputs(state, fresh())):
+    if not passes.error(state, fresh()) <= tolerance:
         raise ValueError(f"{kind} puts out other values for the same inputs and tensors in evaluation mode: a spec can "
                          "be checked where its forward pass neither draws random numbers nor changes tensors")
-    if fits(outputs(permuted, fresh())):
+    if passes.error(permuted, fresh()) <= tolerance:
         raise ValueError(f"{kind} keeps values from one forward pass to the next that belong to the tensors it had "
                          "then, as a cache does: switch that off for merging")
     nothing = identity(spec)
     for group in spec.sizes:
         together = {group, spec.blocks.get(group, group)}
         together |= {other for other, outer in spec.blocks.items() if outer in together}
-        part = permute(spec, nothing | {name: permutations[name] for name in together}, state)
-        error = _error(outputs(part), expected)
+        error = passes.error(permute(spec, nothing | {name: permutations[name] for name in together}, state))
         if not error <= tolerance:
             raise ValueError(f"permuting the units of group {group!r} changes the outputs by {error:.1e} (relative): "
                              f"the spec does not fit {kind}")
     raise ValueError(f"permuting all groups changes the outputs by {worst:.1e} (relative)")
+
+
+class _Passes:
+    """What a network puts out with other tensors in it, on inputs that it puts out numbers for: the same in all passes.
+
+    state: its own tensors, made unlike each other. expected: the outputs with these.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, example: Arguments, wide: bool, noise: torch.Generator):
+        self.kind, self.model, self.wide = kind, model, wide
+        self.state = model.state_dict()
+        _make_unlike(self.state, noise)
+        finite = self._draw(example, 2)
+        few = sum(map(len, self.expected)) < 1000
+        if finite and few and all(torch.equal(y, y.round()) for y in self.expected):  # classes: two say little
+            finite = self._draw(example, 64)
+        if not finite:
+            what = "only NaN and infinite values" if any(map(len, self.expected)) else "no values"
+            raise ValueError(f"{kind} puts out {what}, so there is nothing to check a spec by: pass an example of "
+                             "inputs that it puts out numbers for")
+
+    def _draw(self, example: Arguments, number: int) -> int:
+        """Sets inputs and expected outputs; how many of these are finite, the most that could be had."""
+        tried = []
+        for draw in (_normal, _uniform, _near):
+            self.inputs = samples(self.model, example, number, draw=draw)
+            expected = self.outputs(self.state)
+            tried.append((sum(int(y.isfinite().sum()) for y in expected), self.inputs, expected))
+            if tried[-1][0] == sum(map(len, expected)):
+                break
+        finite, self.inputs, self.expected = max(tried, key=lambda one: one[0])
+        return finite
+
+    @torch.no_grad()
+    def outputs(self, state: Mapping[str, Any], model: nn.Module | None = None) -> list[Tensor]:
+        model = model or self.model
+        Slots(model).put(state)
+        results = run(model, *self.inputs.args, keywords=self.inputs.kwargs,
+                      within=DoublePrecision() if self.wide else None, what="inputs")
+        return [(torch.view_as_real(y) if y.is_complex() else y).double().flatten().cpu()
+                for y in tensors_within(self.inputs.chosen(results))]
+
+    def error(self, state: Mapping[str, Any], model: nn.Module | None = None) -> float:
+        """How far the outputs are from the expected ones; ValueError where they are more or fewer."""
+        found = self.outputs(state, model)
+        sizes, expected = ([len(y) for y in outputs] for outputs in (found, self.expected))
+        if sizes != expected:
+            raise ValueError(f"{self.kind} puts out {sum(expected)} numbers in {len(expected)} tensors at one time and "
+                             f"{sum(sizes)} in {len(sizes)} at another, for the same inputs: no spec can be checked by "
+                             "outputs whose number varies, with the values of tensors or at random")
+        return _error(found, self.expected)
+
+    def depend_on(self, spec: PermutationSpec, tolerance: float, noise: torch.Generator) -> bool:
+        """Whether other values in the tensors that the spec permutes change the outputs."""
+        numbers = [name for name in _numbers(self.state) if spec.of_tensor[name]]
+        for _ in range(5):  # a choice of the largest may come out the same by chance
+            other = {name: self.state[name] * torch.randn(self.state[name].shape, generator=noise).to(self.state[name])
+                     for name in numbers}
+            try:
+                found = self.outputs(self.state | other)
+            except DoesNotRun:
+                return True
+            if [len(y) for y in found] != [len(y) for y in self.expected] or not _error(
+                    found, self.expected) <= tolerance:
+                return True
+        return False
 
 
 def _make_unlike(state: Mapping[str, Any], noise: torch.Generator) -> None:
@@ -122,8 +206,6 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest of the output tensors' relative errors; infinite where something not finite isn't what it was."""
-    if [len(y) for y in found] != [len(y) for y in expected]:
-        return math.inf
     differences, sizes = [], []
     for y, right in zip(found, expected, strict=True):
         finite = right.isfinite()
@@ -148,21 +230,20 @@ def _near(x: Tensor, shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
     return x.detach().cpu()[torch.arange(shape[0]) % len(x)] * (1 + 0.1 * torch.rand(shape, generator=noise))
 
 
-def samples(model: nn.Module, example: Example, number: int = 2, draw: Callable[..., Tensor] = _normal) -> tuple:
+def samples(model: nn.Module, example: Example, number: int = 2, draw: Callable[..., Tensor] = _normal) -> Arguments:
     """Inputs of several samples, so that the batch doesn't pass for a dimension of length 1."""
-    if isinstance(example, (Mapping, str)):
-        raise ValueError(f"an example is a tensor or a tuple of the forward pass's inputs, not a "
-                         f"{type(example).__name__}: pass its inputs in their order")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.Generator().manual_seed(0)
+    example = arguments(example)
+    rows = next((len(x) for x in tensors_of(example) if x.ndim), 0)
 
     def sample(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.ndim:
             return x
-        shape = (number, *x.shape[1:])
+        shape = (number if len(x) == rows else len(x), *x.shape[1:])
         if x.is_floating_point() or x.is_complex():
             return draw(x, shape, noise).to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         top = int(x.max()) + 1 if x.numel() and x.dtype != torch.bool else 1  # numbers as large as the example's
         return torch.randint(max(top, 1), shape, generator=noise).to(like.device, x.dtype)
 
-    return tuple(map(sample, (example,) if isinstance(example, Tensor) else example))
+    return Arguments(*tree_map(sample, tuple(example)))

@@ -34,10 +34,7 @@ def match_weights(
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations={max_iterations}: at least one sweep is needed")
-    weights = [name for name in spec.tensors
-               if is_mixed(name, state_a[name]) and name.rpartition(".")[2] not in _NOT_WEIGHTS]
-    matching = _Descent(spec, *({name: state[name].detach().cpu().double() for name in weights}
-                                 for state in (state_a, state_b)))
+    matching = _descent(spec, state_a, state_b)
     groups = [group for group in spec.sizes if group not in spec.blocks]
     for group in groups:
         matching.improve(group)
@@ -49,6 +46,35 @@ def match_weights(
         if not any(improved):
             break
     return {group: matching.permutations[group] for group in spec.sizes}
+
+
+def match_unread(spec: PermutationSpec, state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor],
+                 known: Permutations) -> Permutations:
+    """`known`, which take model b to model a, but where no layer reads activations by the weights: a factor of a weight
+    (LoRA's rank), a head that is used in training only. All other groups stay as they are known."""
+    unread = [group for group in spec.sizes
+              if not any(spec.reads[name] for name in (group, *inner_groups(spec, group)))]
+    if not unread:
+        return known
+    matching = _descent(spec, state_a, state_b)
+    matching.permutations |= known
+    matching.settled = spec.sizes.keys() - set(unread)
+    for _ in range(2):  # the second time each knows the others
+        for group in unread:
+            if group not in spec.blocks:
+                matching.improve(group)
+            elif spec.blocks[group] not in unread:
+                outer = known[spec.blocks[group]]
+                matching.permutations[group] = nest(outer, within_blocks(matching._within(group, outer).numpy()))
+    return matching.permutations
+
+
+def _descent(spec: PermutationSpec, state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor]) -> _Descent:
+    """Of all that counts as a weight, on the CPU in float64."""
+    weights = [name for name in spec.tensors
+               if is_mixed(name, state_a[name]) and name.rpartition(".")[2] not in _NOT_WEIGHTS]
+    return _Descent(spec, *({name: state[name].detach().cpu().double() for name in weights}
+                            for state in (state_a, state_b)))
 
 
 class _Descent:

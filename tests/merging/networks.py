@@ -490,6 +490,19 @@ HIDDEN = {
         IMAGES, 8),
     "channels become rows": (lambda: Applied(lambda m, x: m.conv2(x.transpose(1, 2)), conv2=nn.Conv2d(8, 8, 1)),
                              IMAGES, 8),
+    "a product with any dimensions before": (
+        lambda: Applied(lambda m, x: torch.einsum("oi, ...ihw -> ...ohw", m.inner.weight, x), inner=nn.Linear(8, 8)),
+        IMAGES, None),
+    "a product of what any dimensions come before": (
+        lambda: Applied(lambda m, x: x + torch.einsum("A...ij, A...jk -> A...ik", x, x)), IMAGES, 8),
+    "a cosine": (lambda: Applied(lambda m, x: x * F.cosine_similarity(x, m.inner(x), dim=1).unsqueeze(1),
+                                 inner=nn.Conv2d(8, 8, 1)), IMAGES, 8),
+    "a cosine alone": (lambda: Applied(
+        lambda m, x: m.last(F.cosine_similarity(x, m.inner(x)).unsqueeze(1)), features=5, inner=nn.Conv2d(8, 8, 1),
+        last=nn.Conv2d(1, 5, 1)), IMAGES, 8 + 5),
+    "a shape like another's": (
+        lambda: Applied(lambda m, x: m.inner(x.flatten(1).view_as(x)).flatten(2).reshape_as(x),
+                        inner=nn.Conv2d(8, 8, 1)), IMAGES, 8 + 8),
     "channels become pixels": (lambda: Applied(lambda m, x: F.pixel_shuffle(x, 2), features=2), IMAGES, 8),
     "softmax over channels": (lambda: Applied(lambda m, x: x.softmax(1) + x - x.mean(1, keepdim=True)), IMAGES, 8),
     "a running sum over channels": (lambda: Applied(lambda m, x: x.cumsum(1)), IMAGES, 0),

@@ -3,7 +3,6 @@
 Whatever their code does, they merge, or a ValueError says what kept them from it.
 """
 
-import copy
 import dataclasses
 import threading
 
@@ -14,7 +13,17 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from merging import METHODS, merge
-from merging.permutation import derive_spec, permute, random_permutations, spec_from_axes, verify
+from merging.permutation import (
+    Member,
+    PermutationSpec,
+    UnsupportedOperation,
+    derive_spec,
+    describe,
+    permute,
+    random_permutations,
+    spec_from_axes,
+    verify,
+)
 from merging.running import own_copy
 
 HALVES = [[0.5, 0.5], [0.4, 0.6]]
@@ -145,6 +154,85 @@ def test_what_is_float32_inside_is_checked_in_float64(between):
     assert_checked(Net(between), IMAGES[:1])
     assert verify(Net(between), spec_from_axes(Net(), RIGHT, example=IMAGES[:1]), IMAGES[:1]) < 1e-12
     merge([Net(between), Net(between, seed=1)], HALVES, batches=[IMAGES])
+
+
+class RMSNorm(nn.Module):
+    """As Llama, Mistral and Qwen have it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(dtype)
+
+
+def rotated(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+class Llama(nn.Module):
+    """A layer: norms, positions and softmax are in float32; two heads of keys and values for four of queries."""
+
+    def __init__(self, width=16, hidden=24, heads=4, pairs=2):
+        super().__init__()
+        self.heads, self.pairs, self.size = heads, pairs, width // heads
+        self.embed, self.head = nn.Embedding(11, width), nn.Linear(width, 11, bias=False)
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(3))
+        self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, pairs * self.size, bias=False) for _ in range(2))
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.register_buffer("frequencies", 1 / 100 ** (torch.arange(self.size // 2) / self.size), persistent=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.attend(self.norms[0](x))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norms[2](x)).float()
+
+    def attend(self, x):
+        (batch, length, _), dtype = x.shape, x.dtype
+        with torch.autocast("cpu", enabled=False):
+            angles = torch.arange(length).float()[:, None] @ self.frequencies.float()[None]
+            cos, sin = (f(torch.cat([angles, angles], -1)).to(dtype) for f in (torch.cos, torch.sin))
+        q, k, v = (layer(x).view(batch, length, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = q * cos + rotated(q) * sin, k * cos + rotated(k) * sin
+        repeat = (batch, self.pairs, self.heads // self.pairs, length, self.size)
+        k, v = (t[:, :, None].expand(repeat).reshape(batch, self.heads, length, self.size) for t in (k, v))
+        mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+        scores = q @ k.mT / self.size**0.5 + mask
+        scores = F.softmax(scores, -1, dtype=torch.float32).to(dtype)
+        return self.o((scores @ v).transpose(1, 2).reshape(batch, length, -1))
+
+
+LLAMA = {
+    **{name: (None, "stream") for name in ("embed.weight", "head.weight", "q.weight", "k.weight", "v.weight")},
+    **{f"norms.{n}.weight": ("stream",) for n in range(3)}, "o.weight": ("stream", None),
+    "gate.weight": ("hidden", "stream"), "up.weight": ("hidden", "stream"), "down.weight": ("stream", "hidden"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_language_model_that_computes_in_float32_is_checked_in_float64(dtype):
+    torch.manual_seed(0)
+    ids, model = torch.randint(11, (1, 6)), Llama().to(dtype)
+    spec = derive_spec(model, ids)
+    assert spec.sizes == {"embed.weight dim 1": 16, "gate": 24} and spec.of_tensor["q.weight"][0][1].dims != (0,)
+    assert verify(model, spec, ids) < 1e-12
+    by_hand = spec_from_axes(model, LLAMA, example=ids)
+    assert sorted(by_hand.sizes.values()) == [16, 24]
+    for name, axes in LLAMA.items():
+        for dim in range(len(axes)):
+            if axes[dim]:
+                wrong = LLAMA | {name: tuple(None if d == dim else axis for d, axis in enumerate(axes))}
+                with pytest.raises(ValueError, match="changes the outputs"):
+                    spec_from_axes(model, wrong, example=ids)
 
 
 def test_an_lstm_with_states_in_float32_merges():
@@ -280,34 +368,197 @@ def test_what_puts_out_nothing_passes_no_check(nothing):
             spec_from_axes(Wrapped(nothing), axes, example=IMAGES[:1])
 
 
+@pytest.mark.parametrize("same", [lambda y: 0 * y, lambda y: torch.ones(3), lambda y: y > 1e9])
+def test_outputs_that_nothing_changes_pass_no_check(same):
+    for axes in (RIGHT, *WRONG):
+        with pytest.raises(ValueError, match="outputs of Wrapped do not depend on the tensors that are permuted"):
+            spec_from_axes(Wrapped(same), axes, example=IMAGES[:1])
+
+
+def test_whole_numbers_are_compared_for_many_samples():
+    assert_checked(Wrapped(lambda y: y.argmax(1)), IMAGES[:1])
+    assert_checked(Wrapped(lambda y: y > 0), IMAGES[:1])
+
+
+def test_outputs_whose_number_varies_are_not_compared():
+    found = Wrapped(lambda y: torch.arange(999.0)[torch.linspace(-1, 1, 999) > y.mean()])
+    for axes in WRONG:
+        with pytest.raises(ValueError, match=r"Wrapped puts out \d+ numbers in 1 tensors at one time and \d+ in 1 at"):
+            verify(found, spec_by_hand(axes), IMAGES[:1])
+    counted = iter(range(1, 99))
+    with pytest.raises(ValueError, match=r"Wrapped puts out 18 numbers in 3 tensors at one time and 24 in 4 at"):
+        derive_spec(Wrapped(lambda y: [y] * next(counted)), IMAGES[:1])
+
+
+def spec_by_hand(axes):
+    """Unchecked."""
+    members = tuple(Member(name, (dims.index("h"),), torch.arange(8)[:, None]) for name, dims in axes.items())
+    return PermutationSpec({"h": 8}, {"h": members}, {}, {}, {"h": ()}, tuple(Net().state_dict()))
+
+
 def random_dropout(m, x):
     return F.dropout(x.relu(), 0.5, True)
 
 
-def cached(m, x):
-    """Keeps what it made of a parameter."""
-    m.cache = getattr(m, "cache", None)
-    m.cache = m.a.bias * 2 if m.cache is None else m.cache
-    return (x + m.cache).relu()
+def noisy(m, x):
+    return m.c(x.relu() + torch.rand_like(x)).relu()
+
+
+class Held:
+    cache = None
+
+    def __call__(self, m, x):
+        self.cache = m.a.bias * 2 if self.cache is None else self.cache
+        return (x + self.cache).relu()
 
 
 def test_what_depends_on_more_than_inputs_and_tensors_is_not_the_specs_fault():
-    with pytest.raises(ValueError, match="Net puts out other values for the same inputs and tensors"):
-        derive_spec(Net(random_dropout), IMAGES[:1])
+    model = Net(noisy)
+    model.c = nn.Linear(8, 8)
+    for random in (Net(random_dropout), model):
+        with pytest.raises(ValueError, match="Net puts out other values for the same inputs and tensors"):
+            derive_spec(random, IMAGES[:1])
     with pytest.raises(ValueError, match="Net keeps values from one forward pass to the next"):
-        derive_spec(Net(cached), IMAGES[:1])
+        derive_spec(Net(Held()), IMAGES[:1])
     with pytest.raises(ValueError, match="group 'h' changes the outputs"):
         spec_from_axes(Net(), WRONG[0], example=IMAGES[:1])
 
 
-def test_inputs_that_are_no_tensors_are_passed_on():
-    class Scaled(Net):
-        def forward(self, x, times, offset):
-            return super().forward(x) * times + offset
+# What a model keeps of what its forward pass computed
 
-    assert derive_spec(Scaled(), (IMAGES[:1], 2, torch.tensor(3.0))).sizes == {"a": 8}
-    with pytest.raises(ValueError, match="tuple of the forward pass's inputs, not a dict"):
-        derive_spec(Net(), {"x": IMAGES[:1]})
+
+class Biased(Net):
+    """Attention biases as in LeViT: in evaluation they are computed once, and thrown away for training."""
+
+    def __init__(self, thrown_away=True, seed=0):
+        super().__init__(seed=seed)
+        self.cache, self.thrown_away, self.places = {}, thrown_away, torch.arange(8)
+        self.biases = nn.Parameter(torch.randn(8))
+        self.between = lambda m, x: (x + m.bias(x.device)).tanh()
+
+    def train(self, mode=True):
+        if mode and self.thrown_away:
+            self.cache = {}
+        return super().train(mode)
+
+    def bias(self, device):
+        if self.training:
+            return self.biases[self.places]
+        return self.cache.setdefault(str(device), self.biases[self.places])
+
+
+def last(m, x):
+    m.last = getattr(m, "last", None)
+    m.last = m.a.bias * 2 if m.last is None else m.last
+    return (x + m.last).tanh()
+
+
+def listed(m, x):
+    m.kept = getattr(m, "kept", {"all": []})
+    m.kept["all"] += [m.a.bias * 2] if not m.kept["all"] else []
+    return (x + m.kept["all"][0]).tanh()
+
+
+@pytest.mark.parametrize("make", [Biased, lambda: Biased(False), lambda: Net(last), lambda: Net(listed)])
+def test_what_a_model_keeps_of_a_pass_is_not_there_in_the_next(make):
+    fresh = make()
+    spec = derive_spec(fresh, IMAGES[:1])
+    assert spec.sizes == {"a": 8}
+    state, generator = fresh.state_dict(), torch.Generator().manual_seed(0)
+    for tensor in state.values():
+        tensor.normal_(generator=generator)
+    moved = permute(spec, random_permutations(spec, generator), state)
+    for method in WAYS[:-1]:
+        merged = merge([state, moved], HALVES, method, batches=[IMAGES], model=fresh, spec=spec, bn_reset="repair")
+        for key, value in state.items():
+            torch.testing.assert_close(merged[0][key], value, rtol=1e-4, atol=1e-5)
+    assert not getattr(fresh, "cache", None) and not hasattr(fresh, "last") and not hasattr(fresh, "kept")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_cache_of_earlier_tensors_is_not_copied(gradients):
+    model = Biased().eval()
+    sizes = derive_spec(Biased(), IMAGES[:1]).sizes
+    with torch.set_grad_enabled(gradients):
+        model(IMAGES)
+    assert derive_spec(model, IMAGES[:1]).sizes == sizes and model.cache and not model.training
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_train_of_ones_own_may_return_nothing_or_refuse(refuses):
+    class Frozen(Net):
+        def train(self, mode=True):
+            if refuses and mode:
+                raise NotImplementedError("for evaluation only")
+            super().train(mode)
+
+    assert derive_spec(Frozen(), IMAGES[:1]).sizes == {"a": 8}
+    merge([Frozen(), Frozen(seed=1)], HALVES, batches=[IMAGES], bn_reset="repair")
+
+
+# Arguments
+
+
+class Called(Net):
+    def forward(self, x, times=1, offset=None, *, mask=None, more=()):
+        x = x["image"] if isinstance(x, dict) else x
+        y = super().forward(x) * times + (0 if offset is None else offset)
+        y = y if mask is None else y * mask
+        return y + sum(one["a"].mean() for one in more)
+
+
+@pytest.mark.parametrize(("example", "kwargs"), [
+    ((IMAGES[:1], 2, torch.tensor(3.0)), None), ([IMAGES[:1], 2], None), ({"x": IMAGES[:1]}, None),
+    (({"image": IMAGES[:1], "name": "x"}, 2, None), {"more": [{"a": torch.ones(1, 2)}, {"a": torch.ones(5)}]}),
+    (IMAGES[:1], {"mask": torch.rand(3), "times": 2}),
+    ({"x": IMAGES[:4], "offset": None, "mask": torch.ones(4, 1)}, {}),
+    ((), {"x": {"image": IMAGES[:1]}}),
+])
+def test_a_forward_pass_is_called_as_it_takes_its_arguments(example, kwargs):
+    assert derive_spec(Called(), example, kwargs).sizes == {"a": 8}
+    spec = spec_from_axes(Called(), RIGHT, example=example, kwargs=kwargs)
+    assert verify(Called(), spec, example, kwargs=kwargs) < 1e-12
+    with pytest.raises(ValueError, match="group 'h' changes the outputs"):
+        spec_from_axes(Called(), WRONG[0], example=example, kwargs=kwargs)
+
+
+class Hidden(Net):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        hidden = self.a(x.flatten(1)).relu()
+        return self.wrap(self.b(hidden), hidden)
+
+
+@pytest.mark.parametrize(("wrap", "outputs"), [
+    (lambda y, h: {"logits": y, "hidden": h}, "logits"), (Loose, "logits"), (lambda y, h: (h, y), 1),
+    (lambda y, h: {"all": [h, {"y": y}]}, lambda found: found["all"][1]),
+])
+def test_what_of_the_outputs_stays_can_be_chosen(wrap, outputs):
+    model = Hidden(wrap)
+    assert derive_spec(model, IMAGES[:1]).sizes == {}
+    spec = derive_spec(model, IMAGES[:1], outputs=outputs)
+    assert spec.sizes == {"a": 8} and "b" in spec.fixed
+    assert verify(model, spec, IMAGES[:1], outputs=outputs) < 1e-12
+    with pytest.raises(ValueError, match="changes the outputs"):
+        verify(model, spec, IMAGES[:1])
+    assert spec_from_axes(model, RIGHT, example=IMAGES[:1], outputs=outputs).sizes == {"h": 8}
+    with pytest.raises(ValueError, match="changes the outputs"):
+        spec_from_axes(model, WRONG[0], example=IMAGES[:1], outputs=outputs)
+    with pytest.raises(ValueError, match="outputs='absent' can't be taken from the "):
+        derive_spec(model, IMAGES[:1], outputs="absent")
+
+
+def test_examples_that_are_none_are_named():
+    with pytest.raises(ValueError, match=r"a tensor, a tuple .* or a dict of its keyword arguments, not a str"):
+        derive_spec(Net(), "x")
+    with pytest.raises(ValueError, match=r"Net fails on an example of shape y=\(2, 16\): .*unexpected keyword"):
+        derive_spec(Net(), {"y": torch.rand(1, 16)})
+
+
+def test_inputs_that_are_whole_numbers():
     assert derive_spec(nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 4), nn.Linear(4, 2)),
                        torch.full((1, 5), -1)).sizes
 
@@ -355,10 +606,31 @@ def test_unused_counters_masks_and_single_numbers_refuse_no_network(value):
         model.register_buffer("epoch", value + len(models) if value.dtype == torch.long else value)
     merged = merge(models, HALVES, batches=[IMAGES])
     assert torch.equal(merged[0]["epoch"], models[0].epoch)
-    model = Net()
-    model.register_buffer("vector", torch.ones(8))
-    with pytest.raises(ValueError, match=r"not used by the forward pass.*vector"):
-        merge([model, copy.deepcopy(model)], HALVES, batches=[IMAGES])
+
+
+def test_tensors_that_no_pass_uses_are_averaged_as_they_are():
+    """As a token in place of what is masked, which only some pretraining takes."""
+    models = [Net(), Net(seed=1)]
+    for k, model in enumerate(models):
+        model.register_buffer("vector", torch.full((8,), float(k)))
+        model.token = nn.Parameter(torch.full((1, 8), float(k)))
+    spec = derive_spec(models[0], IMAGES[:1])
+    assert spec.sizes == {"a": 8} and not spec.of_tensor["token"]
+    assert spec.stuck == dict.fromkeys(["token", "vector"], "the forward pass does not use it")
+    assert "fixed: token (the forward pass does not use it)" in describe(spec)
+    merged = merge(models, HALVES, batches=[IMAGES])
+    assert torch.equal(merged[0]["token"], torch.full((1, 8), 0.5))
+    torch.testing.assert_close(merged[1]["vector"], torch.full((8,), 0.6))
+
+
+def test_tensors_that_training_may_use_are_not():
+    def forward(m, x):
+        return x.relu() * (m.token if m.training and x.sum() > -1e9 else 1)
+
+    model = Net(forward)
+    model.token = nn.Parameter(torch.ones(8))
+    with pytest.raises(UnsupportedOperation, match=r"not used by the forward pass.* token\. .*training only can't be"):
+        derive_spec(model, IMAGES[:1])
 
 
 # Extra state
