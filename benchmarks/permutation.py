@@ -1,8 +1,10 @@
-"""How long it takes to derive permutation groups: for torchvision's networks, and against the length of a network.
+"""How long it takes to derive permutation groups, and to match weights.
 
     python -m benchmarks.permutation
 
-Prints seconds, and for growing networks the ratio of the time per operation to that of the shortest one (1: linear).
+Prints seconds for torchvision's networks; for growing networks the ratio of the time per operation to that of the
+shortest one (1: linear); for two random models the CPU seconds of weight matching, and their ratio to those of a
+descent that keeps nothing from one visit of a group to the next.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import torch
 import torchvision
 from torch import nn
 
+from merging import weight_matching
 from merging.permutation import derive_spec, verify
+from models import build_model
 
 SIZES = {"inception_v3": 299, "vit_b_16": 224}
 ZOO = ("resnet18 resnet50 wide_resnet50_2 resnext50_32x4d vgg16 vgg16_bn densenet121 mobilenet_v2 mobilenet_v3_small "
@@ -46,11 +50,40 @@ def seconds(function) -> float:
     return time.perf_counter() - began
 
 
+class Forgetful(weight_matching._Descent):
+    """Computes everything anew in every visit."""
+
+    def improve(self, group: str) -> bool:
+        self.products.clear()
+        self.visited.clear()
+        return super().improve(group)
+
+
+def matching_weights(name: str, width: int) -> None:
+    """A line: CPU seconds with and without what is kept, which find the same."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(build_model(name, 10, width_multiplier=width))
+    states, found, took = [model.state_dict() for model in models], [], []
+    spec, descent = derive_spec(models[0], torch.zeros(1, 3, 32, 32), check=False), weight_matching._Descent
+    weight_matching.match_weights(spec, *states, 1)  # what is done once in a process
+    for weight_matching._Descent in (descent, Forgetful):
+        began = time.process_time()
+        found.append(weight_matching.match_weights(spec, *states))
+        took.append(time.process_time() - began)
+    weight_matching._Descent = descent
+    same = all(torch.equal(found[0][group], found[1][group]) for group in spec.sizes)
+    print(f"{f'{name} width {width}':20s} {took[0]:10.2f} {took[0] / took[1]:24.2f} {'yes' if same else 'NO':>6s}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.permutation", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="*", default=ZOO.split(), help="names of torchvision (default: nineteen)")
     parser.add_argument("--image_size", type=int, default=64, help="where a model has no size of its own (default: 64)")
     parser.add_argument("--blocks", nargs="*", type=int, default=[100, 250, 500, 1000], help="of five operations each")
+    parser.add_argument("--matched", nargs="*", default=["resnet20", "vgg16"], help="networks whose weights to match")
+    parser.add_argument("--width", type=int, default=8, help="of these")
     options = parser.parse_args()
 
     print(f"{'model':20s} {'derive (s)':>10s} {'check (s)':>10s} {'groups':>7s} {'units':>7s}")
@@ -71,6 +104,10 @@ def main() -> None:
         took = min(seconds(lambda model=model: derive_spec(model, torch.zeros(1, 3, 4, 4), check=False)) for _ in "ab")
         first = first or took / blocks
         print(f"{5 * blocks + 2:10d} {took:10.2f} {took / blocks / first:34.2f}", flush=True)
+
+    print(f"\n{'two random models':20s} {'match (s)':>10s} {'against keeping nothing':>24s} {'same':>6s}")
+    for name in options.matched:
+        matching_weights(name, options.width)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ sent MB     what all agents together would send to their neighbours, in fp32
 
 Below each graph and method: the exponents a of time ~ edges^a and memory ~ edges^a, by least squares over all its cells
 and between the last two. 1 is linear in the edges; below 1 part of it is the agents', of whom an exponential graph has
-ever fewer for an edge, or the process's. At last what one agent of 10,000 needs the wire for.
+ever fewer for an edge, or the process's. Then what DIMAT's matching holds at its peak against what Matching's `memory`
+promises: the tensors counted, of --promise_agents ResNet-20 on a ring and fully connected, and the CPU seconds and
+passes against those without a limit. At last what one agent of 10,000 needs the wire for.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -42,11 +44,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import merging
 from data.batches import Batches
 from data.datasets import load_dataset
+from merging.activation_matching import Comparison, similarities
 from merging.permutation import derive_spec
+from merging.watch import tensors_of
 from models import build_model
 from network.processes import taken
 from network.topology import DIRECTED, TOPOLOGIES, directed_exponential, make_topology
@@ -189,6 +195,60 @@ def table(graph: str, method: str, options: argparse.Namespace) -> None:
         print(flush=True)
 
 
+class Held(TorchDispatchMode):
+    """Within it, `peak` is the most bytes of new tensors that were there at a time (in this thread)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.peak = self.sum = 0
+
+    def __torch_dispatch__(self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+        result = func(*args, **(kwargs or {}))
+        given = {StorageWeakRef(x.untyped_storage()) for x in tensors_of((args, kwargs))}
+        for x in tensors_of(result):
+            if (storage := StorageWeakRef(x.untyped_storage())) not in given and storage not in self.sizes:
+                self.sizes[storage] = x.untyped_storage().nbytes()
+                self.sum += self.sizes[storage]
+        if self.sum > self.peak:  # only then does it matter what is gone
+            self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
+            self.sum = sum(self.sizes.values())
+            self.peak = max(self.peak, self.sum)
+        return result
+
+
+class Counted(list):
+    """Batches; how often they were read."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        return super().__iter__()
+
+
+def against_the_promise(agents: int, width: int, shares: Sequence[float]) -> None:
+    """Peaks of matching, limited to shares of what it holds without a limit."""
+    models = [build_model("resnet20", 10, width_multiplier=width) for _ in range(2)]
+    states, x = [models[k % 2].state_dict() for k in range(agents)], torch.randn(32, 3, 32, 32)
+    spec = derive_spec(models[0], x[:1], check=False)
+    print(f"\n{f'{agents} ResNet-20 width {width}':<30}{'promised MB':>14}{'held MB':>10}{'ratio':>8}{'passes':>8}"
+          f"{'seconds, ratio':>16}")
+    for graph in ("ring", "fully_connected"):
+        edges = [(int(i), int(j)) for i, j in np.argwhere(np.triu(make_topology(graph, agents).connectivity, 1))]
+        whole, first = 0, 0.0
+        for share in (None, *shares):
+            memory, batches, held = None if share is None else int(share * whole), Counted([x]), Held()
+            began = time.process_time()
+            with held:
+                for _ in similarities(spec, models[0], states, edges, batches, Comparison(memory=memory)):
+                    pass
+            took = time.process_time() - began
+            whole, first = whole or held.peak, first or took
+            print(f"{graph:<30}{'-' if memory is None else f'{memory / 1e6:.1f}':>14}{held.peak / 1e6:>10.1f}"
+                  f"{held.peak / (memory or whole):>8.2f}{batches.passes:>8}{took / first:>16.2f}", flush=True)
+
+
 def on_the_wire(agents: int = 10_000) -> None:
     """What one agent sends in a merge, and receives, for real networks; N matters only to the degree."""
     hops = directed_exponential(agents)
@@ -217,6 +277,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="digits that matching and BatchNorm read")
     parser.add_argument("--repeats", type=int, default=1, help="timed merges of a cell, at least (half a second's)")
     parser.add_argument("--match_memory", type=float, default=None, metavar="GB", help="as in main; default: no limit")
+    parser.add_argument("--promise_agents", type=int, default=6, help="agents whose matching is held to a memory")
+    parser.add_argument("--promise_width", type=int, default=2, help="width multiplier of their ResNet-20")
     parser.add_argument("--quick", action="store_true", help="10, 20 and 40 agents")
     options = parser.parse_args()
     if options.quick:
@@ -229,6 +291,8 @@ def main() -> None:
     for graph in options.graphs:
         for method in options.methods:
             table(graph, method, options)
+    torch.set_num_threads(1)
+    against_the_promise(options.promise_agents, options.promise_width, (0.5, 0.25, 0.1))
     on_the_wire()
 
 

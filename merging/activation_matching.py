@@ -8,6 +8,7 @@ Git Re-Basin, section 3.1).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ NOISE = 3.0
 # whole batches for ResNet-20's first stage at width 1 (102,400 rows of 16 units, five models).
 SLICE = 2**16
 
+# Images that go through a model at once before pairs are taken in blocks: the less, the longer each image takes.
+AT_ONCE = 8
+
 
 def favour_identity(spec: PermutationSpec, similarity: Similarity, images: int, at: str,
                     weight: float = 1.0) -> Similarity:
@@ -66,8 +70,9 @@ class Comparison:
 
     at: "last": features are read at the input of each group's last consumer, as in the paper; "all": correlations are
         summed over all its consumers' inputs.
-    memory: the bytes the pairs' accumulators may take (None: no limit). Where it is too small the pairs are taken in
-        blocks, with one pass over the images per block, which is announced.
+    memory: the bytes that the pairs' correlation matrices and the models' features may take (None: no limit). Where it
+        is too small, batches are cut, and then, which is announced, pairs are taken in blocks, with one pass over the
+        images per block. What comes out is the same up to the rounding of sums over the images.
 
     Raises ValueError for another `at`.
     """
@@ -125,17 +130,17 @@ class Correlation:
 
     def update(self, features: dict[int, Tensor]) -> None:
         """Adds one batch: model -> (rows, units), the same rows for every model of an edge."""
-        features = {agent: x.to(torch.promote_types(x.dtype, torch.float32)) for agent, x in features.items()}
         if not self.shift:
             # Taking the first batch's means off keeps float32 products accurate where means are large against
             # deviations; the shift cancels in the correlation, so later batches keep it.
-            self.shift = {agent: x.mean(0) for agent, x in features.items()}
+            self.shift = {agent: x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
+                          for agent, x in features.items()}
         first = next(iter(features.values()))
         rows, units = first.shape
         step = max(1, SLICE // units) if first.device.type == "cpu" else rows
-        sums = {agent: torch.zeros_like(x[0]) for agent, x in features.items()}
-        squares = {agent: torch.zeros_like(x[0]) for agent, x in features.items()}
-        products = {(i, j): x.new_zeros(units, units) for i, j in self.edges for x in [features[i]]}
+        sums = {agent: torch.zeros_like(shift) for agent, shift in self.shift.items()}
+        squares = {agent: torch.zeros_like(shift) for agent, shift in self.shift.items()}
+        products = {(i, j): self.shift[i].new_zeros(units, units) for i, j in self.edges}
         for start in range(0, rows, step):
             centred = {agent: x[start : start + step] - self.shift[agent] for agent, x in features.items()}
             for agent, x in centred.items():
@@ -225,22 +230,24 @@ def similarities(
     edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
     if not edges:
         return
-    reader = FeatureReader(model, spec, comparison.at, device_of(states[edges[0][0]]))
+    device = device_of(states[edges[0][0]])
+    reader = FeatureReader(model, spec, comparison.at, device)
     blocks_of_units = set(spec.blocks.values())
-    per_edge, memory = _bytes_per_edge(spec, comparison.at), comparison.memory
-    length = len(edges) if memory is None else max(1, memory // max(1, per_edge))
-    blocks = [edges] if length >= len(edges) else list(_blocks(edges, length))
-    if len(blocks) > 1:
-        say(
-            f"matching: the accumulators of {len(edges)} edges exceed memory={memory} bytes: "
-            f"taking them in {len(blocks)} blocks, one pass over the images each"
-        )
-    for block in blocks:
-        of_groups, images = _correlations(reader, states, block, batches)
+    blocks, images = [(edges, None)], images_of(batches, device, "matching")
+    if comparison.memory is not None:
+        first = next(images)
+        images = itertools.chain([first], images)
+        per_image = _bytes_per_image(reader(states[edges[0][0]], first[:2])) // len(first[:2])
+        per_edge = _bytes_per_edge(spec, comparison.at, torch.get_num_threads() if device.type == "cpu" else 1)
+        blocks = _plan(edges, int(min(max(comparison.memory, 0), 2**62)), per_edge, per_image, min(AT_ONCE, len(first)))
+    for block, length in blocks:
+        of_groups, count = _correlations(reader, states, block, images, length)
         for i, j in block:
             pair = f"{names[i]} and {names[j]}" if names else f"{i} and {j}"
             yield (i, j), {group: _similarity(reads, i, j, group, pair) if reads else torch.eye(spec.sizes[group])
-                           for group, reads in of_groups.items() if reads or group not in blocks_of_units}, images
+                           for group, reads in of_groups.items() if reads or group not in blocks_of_units}, count
+        del of_groups  # before those of the next block are there
+        images = images_of(batches, device, "matching")
 
 
 def mean_correlations(spec: PermutationSpec, similarity: Similarity, taking: Permutations, at: str) -> dict[str, float]:
@@ -249,12 +256,36 @@ def mean_correlations(spec: PermutationSpec, similarity: Similarity, taking: Per
             for group, value in similarity.items() if spec.reads[group]}
 
 
-def _bytes_per_edge(spec: PermutationSpec, at: str) -> int:
-    return sum(8 * units**2 * len(spec.reads_at(group, at)) for group, units in spec.sizes.items())
+def _bytes_per_edge(spec: PermutationSpec, at: str, threads: int) -> int:
+    """Of the correlation matrices, and of one batch's products while they are added to, one in each thread."""
+    reads = {units: 0 for units in spec.sizes.values()}
+    for group, units in spec.sizes.items():
+        reads[units] += len(spec.reads_at(group, at))
+    return sum(8 * units**2 * count for units, count in reads.items()) + 4 * threads * max(reads, default=0) ** 2
 
 
-def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
-    """The edges in blocks of `length` in which few models occur: each of a block's models goes through the images.
+def _bytes_per_image(features: Mapping[str, list[Tensor]]) -> int:
+    """Of a model's features, the largest of which is there once more, centred, while it is worked through."""
+    sizes = [x.numel() * max(x.itemsize, 4) for reads in features.values() for x in reads]
+    return sum(sizes) + max(sizes, default=0)
+
+
+def _plan(edges: list[Edge], memory: int, per_edge: int, per_image: int,
+          at_once: int) -> Iterator[tuple[list[Edge], int]]:
+    """The edges in blocks that keep to the memory, each with the number of images that go through a model at once."""
+    blocks = list(_blocks(edges, memory, per_edge, per_image * at_once))
+    if len(blocks) > 1:
+        say(f"matching: the correlations of {len(edges)} edges and the features exceed memory={memory} bytes: "
+            f"taking them in {len(blocks)} blocks, one pass over the images each")
+    if memory < (least := per_edge + 2 * per_image):
+        say(f"matching: it takes {least} bytes all the same, for two models and one image")
+    for block in blocks:
+        agents = len({agent for edge in block for agent in edge})
+        yield block, max(1, (memory - len(block) * per_edge) // max(agents * per_image, 1))
+
+
+def _blocks(edges: list[Edge], memory: int, per_edge: int = 1, per_agent: int = 0) -> Iterator[list[Edge]]:
+    """The edges in blocks that fit, in which few models occur: each of a block's models goes through the images.
 
     Greedy: the model that comes next has the most edges to those that the block has already.
     """
@@ -266,11 +297,14 @@ def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
         block: list[Edge] = []
         inside: set[int] = set()
         ties: Counter[int] = Counter()  # to the models inside
-        while left and len(block) < length:
+        while left:
+            room = (memory - (len(inside) + 1) * per_agent) // max(per_edge, 1) - len(block)
+            if room < 1 and block:
+                break
             new = max(ties, key=lambda agent: (ties[agent], -agent)) if ties else next(iter(left))
             ties.pop(new, None)
             inside.add(new)
-            for other in sorted(left[new] & inside)[: length - len(block)]:
+            for other in sorted(left[new] & inside)[: max(room, 1)]:
                 block.append((min(new, other), max(new, other)))
                 for a, b in ((new, other), (other, new)):
                     left[a].remove(b)
@@ -282,15 +316,15 @@ def _blocks(edges: list[Edge], length: int) -> Iterator[list[Edge]]:
 
 @torch.no_grad()
 def _correlations(
-    reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Batches
+    reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Iterable[Tensor], length: int | None
 ) -> tuple[dict[str, list[Correlation]], int]:
-    """One pass over the images: group -> one correlation per place where its features are read; how many they were."""
+    """One pass over the images, at most `length` at once: group -> one correlation per place where its features are
+    read; how many images they were."""
     agents = sorted({agent for edge in edges for agent in edge})
     correlations: dict[str, list[Correlation]] = {}
     images = 0
-    device = device_of(states[agents[0]])
-    with _side_by_side(device) as run_all:
-        for x in images_of(batches, device, "matching"):
+    with _side_by_side(device_of(states[agents[0]])) as run_all:
+        for x in (part for batch in batches for part in batch.tensor_split(-(-len(batch) // (length or len(batch))))):
             images += len(x)
             features = {agent: reader(states[agent], x) for agent in agents}
             updates = []

@@ -16,7 +16,7 @@ from merging.watch import Recorder
 def read_units(x: Tensor, read: Read) -> Tensor:
     """The features that `read` tells of, from its tensor x: (rows, units); rows run over all the other entries.
 
-    The rows never share x's memory where x may be written to later.
+    The rows share x's memory only where x is not written to later, and where they are all that lies in it.
     """
     if tuple(x.shape[d] for d in read.dims) != read.shape:
         raise ValueError(f"{read.layer} reads units in dimensions {read.dims} of a tensor of shape {tuple(x.shape)}, "
@@ -31,8 +31,9 @@ def read_units(x: Tensor, read: Read) -> Tensor:
     else:
         rows = x.index_select(-1, read.entries.flatten().to(x.device))
     rows = rows.unflatten(-1, (units, repeat)).movedim(-2, -1).reshape(-1, units)
-    shared = read.written and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    return rows.clone() if shared else rows
+    memory = rows.untyped_storage()
+    shared = memory.data_ptr() == x.untyped_storage().data_ptr()
+    return rows.clone() if shared and (read.written or memory.nbytes() > rows.nbytes) else rows
 
 
 class _Enough(BaseException):

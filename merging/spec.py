@@ -6,7 +6,7 @@ A spec is data; `permute` and the rest are pure functions of it. `merging.derive
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -157,17 +157,14 @@ def permute_tensor(tensor: Tensor, members: Iterable[tuple[str, Member]], permut
             within = (order % tensor.shape[1]).reshape(blocks, 1, -1, *[1] * (tensor.ndim - 2)).to(tensor.device)
             rows = tensor.unflatten(0, (blocks, -1))
             tensor = rows.take_along_dim(within, 2).flatten(0, 1)
+        elif len(dims) == 1:
+            tensor = tensor.index_select(dims[0], order.to(tensor.device))
         else:
-            tensor = _along(tensor, dims, lambda t, order=order: t.index_select(0, order.to(t.device)))
+            first = tuple(range(len(dims)))
+            moved = tensor.movedim(dims, first)
+            rows = moved.flatten(0, len(dims) - 1).index_select(0, order.to(tensor.device))
+            tensor = rows.reshape(moved.shape).movedim(first, dims).contiguous()
     return tensor
-
-
-def _along(tensor: Tensor, dims: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of dimension 0, applied to the dimensions `dims` taken as one."""
-    first = tuple(range(len(dims)))
-    moved = tensor.movedim(dims, first)
-    shape = moved.shape
-    return function(moved.flatten(0, len(dims) - 1)).reshape(shape).movedim(first, dims).contiguous()
 
 
 def describe(spec: PermutationSpec) -> str:

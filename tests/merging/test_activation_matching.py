@@ -8,9 +8,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
+from benchmarks.scale import Held
 from merging import activation_matching
-from merging.activation_matching import Correlation, Matching, _blocks, match_activations
-from merging.permutation import derive_spec, permute, random_permutations
+from merging.activation_matching import Comparison, Correlation, Matching, _blocks, match_activations, similarities
+from merging.permutation import FeatureReader, Read, derive_spec, permute, random_permutations, read_units
 from network.topology import make_topology
 
 
@@ -161,11 +162,65 @@ def test_blocks_give_the_same_matches_in_more_passes(spec, capsys):
     whole, parts = Counting(images()), Counting(images())
     expected = match_activations(spec, model, states, edges, whole, Matching(at="last"))
     assert whole.passes == 1 and "blocks" not in capsys.readouterr().out
-    per_edge = 8 * sum(size**2 for size in spec.sizes.values())
-    found = match_activations(spec, model, states, edges, parts, Matching(at="last", memory=3 * per_edge))
+    per_edge = 8 * sum(size**2 for size in spec.sizes.values()) + 4 * 6**2 * torch.get_num_threads()
+    per_image = 4 * 36 * (6 + 5 + 6)  # the largest one twice
+    memory = 3 * per_edge + 4 * 5 * per_image
+    found = match_activations(spec, model, states, edges, parts, Matching(at="last", memory=memory))
     assert parts.passes == 2 and "2 blocks" in capsys.readouterr().out
     assert found.keys() == expected.keys()
     assert all(same_pairing(found[edge], expected[edge]) for edge in found)
+
+
+def test_batches_are_cut_before_passes_are_added(spec):
+    states, edges = [net(seed).state_dict() for seed in range(4)], [(0, 1), (1, 2), (2, 3), (0, 3)]
+    whole, cut = Counting(images(2)), Counting([torch.cat(images(2)), images(3)[2][:1]])
+    expected = list(similarities(spec, net(0), states, edges, [*images(2), images(3)[2][:1]]))
+    found = list(similarities(spec, net(0), states, edges, cut, Comparison(memory=150_000)))
+    assert cut.passes == 1
+    for (edge, one, count), (other, two, total) in zip(found, expected, strict=True):
+        assert edge == other and count == total == 11
+        assert all(torch.allclose(one[group], two[group], atol=1e-5) for group in two)
+    for (_, one, _), (_, two, _) in zip(similarities(spec, net(0), states, edges, whole, Comparison(memory=2**30)),
+                                        similarities(spec, net(0), states, edges, whole), strict=True):
+        assert all(torch.equal(one[group], two[group]) for group in two)  # all fits: bit for bit
+
+
+@pytest.mark.parametrize("memory", [2**20, 2**18, 2**17])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_memory_is_kept(spec, memory, dense):
+    """But for what one model computes on its way, of an image or a few."""
+    agents, x = 12, torch.randn(64, 2, 6, 6)
+    edges = [(i, j) for i in range(agents) for j in range(i) if dense or i - j == 1]
+    states = [net(k).state_dict() for k in range(agents)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Held() as alone:
+            FeatureReader(net(0), spec, "all")(states[0], x)
+        with Held() as free:
+            list_of = [edge for edge, _, _ in similarities(spec, net(0), states, edges, [x])]
+        with Held() as held:
+            assert sorted(edge for edge, _, _ in similarities(spec, net(0), states, edges, [x],
+                                                              Comparison(memory=memory))) == list_of
+    finally:
+        torch.set_num_threads(before)
+    assert held.peak <= memory + alone.peak / 8 < free.peak
+
+
+def test_features_hold_no_more_than_themselves():
+    """A few columns of a tensor are copied: the whole of it would stay as long as they do."""
+    read = Read("linear", 1, 0, (1,), (10,), torch.arange(3)[:, None], (), "fc", False)
+    x = torch.randn(4, 10)
+    rows = read_units(x, read)
+    assert torch.equal(rows, x[:, :3]) and rows.untyped_storage().nbytes() == rows.nbytes
+    everything = Read("linear", 1, 0, (1,), (10,), torch.arange(10)[:, None], (), "fc", False)
+    assert read_units(x, everything).data_ptr() == x.data_ptr()
+
+
+def test_a_memory_that_nothing_fits_into_is_said_once(spec, capsys):
+    states = [net(seed).state_dict() for seed in range(3)]
+    found = match_activations(spec, net(0), states, [(0, 1), (1, 2)], images(), Matching(memory=1))
+    assert len(found) == 4 and capsys.readouterr().out.count("all the same") == 1
 
 
 def test_one_product_per_edge_and_batch(spec, monkeypatch):
