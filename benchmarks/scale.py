@@ -52,7 +52,7 @@ from data.batches import Batches
 from data.datasets import load_dataset
 from merging.activation_matching import Comparison, similarities
 from merging.permutation import derive_spec
-from merging.watch import tensors_of
+from merging.tracing.watch import tensors_of
 from models import build_model
 from network.processes import taken
 from network.topology import DIRECTED, TOPOLOGIES, directed_exponential, make_topology

@@ -22,7 +22,7 @@ from merging.inputs import first_image, images_per_agent, mixing_matrix, model_a
 from merging.methods import METHODS, Average, Method, register_method
 from merging.permutation import Permutations, PermutationSpec, derive_spec, permute
 from merging.repair import repair
-from merging.running import is_mixed
+from merging.tracing.running import is_mixed
 
 __all__ = ["BN_RESETS", "METHODS", "Match", "Matching", "Merged", "Method", "Pairing", "all_alike", "matches", "merge",
            "outgoing", "register_method"]

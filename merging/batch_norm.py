@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from merging.averaging import State
 from merging.progress import progress
-from merging.running import own_copy, run
+from merging.tracing.running import own_copy, run
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 

@@ -56,7 +56,7 @@ def align(
     each = [found[k][0] for k in range(own)]
     favour, images, at = PRIORS[matching.prior], found[0][1], matching.at
     best = assign(spec, favour(spec, _weighted_sum(each, weights), images, at, sum(weights)))
-    best = match_unread(spec, references[int(np.argmax(weights))], state, best)
+    best = match_unread(spec, references[max(range(own), key=lambda k: weights[k])], state, best)
     return best, [mean_correlations(spec, similarity, best, at) for similarity in each]
 
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from merging.averaging import State
 from merging.batch_norm import Batches, images_in
-from merging.running import converted, is_mixed, prefix_of, unwrapped
+from merging.tracing.running import converted, is_mixed, prefix_of, unwrapped
 
 
 def model_and_states(given: Sequence, model: nn.Module | None) -> tuple[nn.Module, list[State | None], list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from merging.averaging import State
 from merging.batch_norm import Batches, device_of, images_of, tracked_norms
-from merging.running import own_copy, run
+from merging.tracing.running import own_copy, run
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Moments = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merging.assignment import assign, inner_groups, within_blocks
 from merging.permutation import Member, Permutations, PermutationSpec, identity, nest, permute_tensor
-from merging.running import is_mixed
+from merging.tracing.running import is_mixed
 
 _NOT_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 

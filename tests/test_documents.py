@@ -30,9 +30,9 @@ from tests.helpers import TINY, folder_of, script
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "STUDY.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [file for kind in ("*.py", "*.sh", "Makefile", "configs/**/*.yaml", "*/*.py")
+SOURCES = [file for kind in ("*.py", "*.sh", "Makefile", "configs/**/*.yaml", "*/*.py", "*/*/*.py")
            for file in sorted(ROOT.glob(kind))
-           if file.parent.name != "tests" and not file.parent.name.startswith(".")]
+           if not file.relative_to(ROOT).parts[0].startswith((".", "tests"))]
 FENCED = re.compile(r"^( *)(~~~|```)(\w*)\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 
 

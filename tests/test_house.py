@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def room(file: Path) -> str:
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-FILES = [file for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
-         if file.parent.name != "tests" and not file.parent.name.startswith(".")]
+FILES = [file for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")])
+         if room(file) != "tests" and not room(file).startswith(".")]
 
 
 def test_every_file_is_in_a_room():
@@ -42,6 +43,18 @@ def test_imports_run_down(file):
     own = room(file)
     for other in imports(file) & LEVEL.keys() - {own}:
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}, which is not below it"
+
+
+def test_no_package_is_a_quarter_of_the_code_and_utils_is_small():
+    lines = Counter()
+    for file in FILES:
+        lines[str(file.parent.relative_to(ROOT))] += len(file.read_text().splitlines())
+    assert max(lines.values()) <= lines.total() / 4 and lines["utils"] <= 200, lines
+
+
+def test_deriving_groups_needs_nothing_else_of_merging():
+    for file in (ROOT / "merging" / "tracing").glob("*.py"):
+        assert not re.search(r"^from merging(?!\.tracing)", file.read_text(), re.MULTILINE), file
 
 
 @pytest.mark.parametrize("door", ["train", "main", "base_lines"])

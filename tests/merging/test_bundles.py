@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from merging.bundles import groups
-from merging.units import Units
+from merging.tracing.bundles import groups
+from merging.tracing.units import Units
 
 
 def units_read(*axes):

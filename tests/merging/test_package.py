@@ -16,8 +16,8 @@ import pkgutil, runpy, sys, torch
 from torch import nn
 import merging
 assert sys.argv[1] in merging.__file__, merging.__file__
-for module in pkgutil.iter_modules(merging.__path__):
-    __import__(f"merging.{module.name}")
+for module in pkgutil.walk_packages(merging.__path__, "merging."):
+    __import__(module.name)
 models = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]
 merged = merging.merge(models, [[0.5, 0.5]] * 2, "DIMAT", [torch.rand(9, 4)])
 assert len(merged) == 2 and merged.matches[0].units == 6

@@ -25,7 +25,7 @@ from merging.permutation import (
     spec_from_axes,
     verify,
 )
-from merging.watch import tensors_of
+from merging.tracing.watch import tensors_of
 from merging.weight_matching import match_weights
 from models import build_model
 from tests.merging.networks import HIDDEN, Applied, Dense, Grouped, Plain, Residual, Split, Transformer
@@ -318,7 +318,7 @@ def test_what_cannot_be_permuted_safely_is_fixed_and_listed():
 
 
 def test_arguments_that_a_rule_does_not_know_fix_what_goes_in(monkeypatch):
-    from merging.rules import RULES
+    from merging.tracing.rules import RULES
 
     monkeypatch.setitem(RULES, "relu", lambda trace, call, input: call.args[7])
     spec = derive_spec(Applied(lambda m, x: m.inner(x.relu()), inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
@@ -473,7 +473,7 @@ def test_verify_sees_every_missing_and_every_false_member(name):
 
 
 def test_a_wrong_derivation_is_an_error_not_a_merge(monkeypatch):
-    from merging.rules import RULES
+    from merging.tracing.rules import RULES
 
     monkeypatch.setitem(RULES, "cumsum", RULES["relu"])
     with pytest.raises(ValueError, match="changes the outputs"):

@@ -24,7 +24,7 @@ from merging.permutation import (
     spec_from_axes,
     verify,
 )
-from merging.running import own_copy
+from merging.tracing.running import own_copy
 
 HALVES = [[0.5, 0.5], [0.4, 0.6]]
 WAYS = [name for name, way in METHODS.items() if not way.aligned]

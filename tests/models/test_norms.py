@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from merging import merge
 from merging.batch_norm import reestimate
 from merging.permutation import derive_spec, identity, permute, random_permutations
-from merging.verification import verify
+from merging.tracing.verification import verify
 from models import MODELS, NORMS, build_model, register_model
 from models.norms import EvoNorm
 

@@ -1,6 +1,6 @@
 """A spec from a model, derived by watching it run, or given by hand; checked in either case.
 
-`merging.trace` follows the units from tensor to tensor, `merging.bundles` concludes which of them can trade places.
+`trace` follows the units from tensor to tensor, `bundles` concludes which of them can trade places.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from merging.bundles import groups
-from merging.rules import RULES
-from merging.running import converted, is_mixed, own_copy, run, unwrapped
-from merging.spec import Member, PermutationSpec, Read
-from merging.trace import Source, Trace
-from merging.units import MISSING, RANKS, Labels, Layout, Units, varied
-from merging.verification import Arguments, Choice, Example, arguments, samples, verify
-from merging.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
+from merging.tracing.bundles import groups
+from merging.tracing.rules import RULES
+from merging.tracing.running import converted, is_mixed, own_copy, run, unwrapped
+from merging.tracing.spec import Member, PermutationSpec, Read
+from merging.tracing.trace import Source, Trace
+from merging.tracing.units import MISSING, RANKS, Labels, Layout, Units, varied
+from merging.tracing.verification import Arguments, Choice, Example, arguments, samples, verify
+from merging.tracing.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
 
 
 def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | None = None, *,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from merging.watch import UnsupportedOperation
+from merging.tracing.watch import UnsupportedOperation
 
 _EXTRA_STATE = "_extra_state"
 

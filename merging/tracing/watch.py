@@ -1,7 +1,7 @@
 """Watching a forward pass: each call of a torch function, numbered, while the model runs as it is.
 
-So nothing needs to be symbolically traceable. `merging.trace` watches what calls mean for units; `Recorder` watches
-later passes in the same way, to fetch features where layers read them.
+So nothing needs to be symbolically traceable. `trace` watches what calls mean for units; `Recorder` watches later
+passes in the same way, to fetch features where layers read them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from merging.functions import VALUES
+from merging.tracing.functions import VALUES
 
 
 class UnsupportedOperation(ValueError):

@@ -1,6 +1,6 @@
 """What a permutation spec is - which entries of which tensors move together - and what is done with one.
 
-A spec is data; `permute` and the rest are pure functions of it. `merging.derive` makes one from a model.
+A spec is data; `permute` and the rest are pure functions of it. `merging.tracing.derive` makes one from a model.
 """
 
 from __future__ import annotations

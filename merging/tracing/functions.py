@@ -1,6 +1,6 @@
 """Torch's functions, sorted by what they do to the entries of their tensors.
 
-Names are those that `merging.watch.function_name` gives: in-place functions without their underscore.
+Names are those that `merging.tracing.watch.function_name` gives: in-place functions without their underscore.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from merging.running import Slots, own_copy, run
-from merging.spec import PermutationSpec, Read
-from merging.watch import Recorder
+from merging.tracing.running import Slots, own_copy, run
+from merging.tracing.spec import PermutationSpec, Read
+from merging.tracing.watch import Recorder
 
 
 def read_units(x: Tensor, read: Read) -> Tensor:

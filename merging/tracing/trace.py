@@ -1,7 +1,7 @@
 """Following units through a forward pass: what every operation means for the units that its tensors hold.
 
-The model runs on a small batch, and each call passes through `Trace`. A *rule* (`merging.rules`) says what a function
-does to layouts; one without a rule fixes all it touches.
+The model runs on a small batch, and each call passes through `Trace`. A *rule* (`rules`) says what a function does
+to layouts; one without a rule fixes all it touches.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from merging.functions import CONSTANTS, MOVES, READ_BEFORE, REDUCE, UNARY_VIEWS, VALUES
-from merging.units import Labels, Layout, Shape, Units, varied
-from merging.watch import Call, UnsupportedOperation, Watch
+from merging.tracing.functions import CONSTANTS, MOVES, READ_BEFORE, REDUCE, UNARY_VIEWS, VALUES
+from merging.tracing.units import Labels, Layout, Shape, Units, varied
+from merging.tracing.watch import Call, UnsupportedOperation, Watch
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Every entry of an axis that can be reordered is a *unit*. Operations tie units to each other (they are the same channel,
 seen in two tensors), nest them in others (they belong to that head) or fix them. What follows from that:
-`merging.bundles`.
+`merging.tracing.bundles`.
 
 A tensor's *layout* says which units its entries hold: a tuple of label arrays, each as broad as the tensor in the
 dimensions along which its labels vary and 1 in all the others; no two vary along the same dimension. A label is a unit
@@ -59,7 +59,7 @@ def varied(labels: Labels) -> frozenset[int]:
 
 
 class Units:
-    """Collects units and what is known about them; `merging.bundles.groups` draws the conclusion."""
+    """Collects units and what is known about them; `merging.tracing.bundles.groups` draws the conclusion."""
 
     def __init__(self) -> None:
         self.axes: list[Axis] = []

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from merging.units import MISSING, RANKS, Axis, Units, occurrence
+from merging.tracing.units import MISSING, RANKS, Axis, Units, occurrence
 
 
 @dataclass(frozen=True)

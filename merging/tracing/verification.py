@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from merging.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run, unwrapped
-from merging.spec import PermutationSpec, identity, permute, random_permutations
-from merging.watch import tensors_of, tensors_within
+from merging.tracing.running import DoesNotRun, DoublePrecision, Slots, is_mixed, own_copy, run, unwrapped
+from merging.tracing.spec import PermutationSpec, identity, permute, random_permutations
+from merging.tracing.watch import tensors_of, tensors_within
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 Choice = str | int | Callable[[Any], Any]

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from merging.functions import ELEMENTWISE, MOVE_SEVERAL, MOVES, REDUCE
-from merging.trace import NoRule, Rule, Trace, along, here
-from merging.units import RANKS, Layout, Shape, varied
-from merging.watch import Call, tensors_of
+from merging.tracing.functions import ELEMENTWISE, MOVE_SEVERAL, MOVES, REDUCE
+from merging.tracing.trace import NoRule, Rule, Trace, along, here
+from merging.tracing.units import RANKS, Layout, Shape, varied
+from merging.tracing.watch import Call, tensors_of
 
 RULES: dict[str, Rule] = {}
 STATISTICS = {"var", "std", "var_mean", "std_mean"}  # norms take them: they are no reason to look at the units there
