@@ -368,8 +368,9 @@ OPTIONS = (
     Option("init_seed", "run", "the same initialisation for all agents", boolean, False, (TRAIN,)),
     Option("seed", "run", "seed of the run", COUNT, 0, flags=("random_seed",), handed_on=True, read="always"),
     Option("save_folder", "run", "where the checkpoints go", path, "checkpoint", (TRAIN,), "DIR", free=True),
-    Option("match_memory", "matching", "most memory for the correlation matrices; beyond it the edges are taken in "
-           "blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True, rare=True),
+    Option("match_memory", "matching", "most memory for correlation matrices and features; beyond it batches are cut, "
+           "then edges taken in blocks (but by C2M3, which holds all pairs)", POSITIVE, 4.0, (MAIN,), "GB", free=True,
+           rare=True),
     Option("workers", "processes", "deal the agents out to N processes, which share this machine's threads; the data "
            "set and --match_memory are there for each (default: with --training on a CPU one for each thread, at most "
            "one for each agent; else 1)", number(int, 1), None, (MAIN,), "N", free=True),
