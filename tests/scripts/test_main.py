@@ -26,6 +26,7 @@ from reports.runs import comparable, read_run
 from storage.files import claim, save_text
 from tests.helpers import copied, equal, equal_runs, folder_of, home_of, process, rows_of, script
 
+TRACED = 2 + 3 + 3 * 2  # the examples from which the permutation groups are derived, and the check of these
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
 
 
@@ -374,8 +375,8 @@ def test_no_image_is_read_twice_for_nothing(checkpoints, tmp_path):
     agents, train, test = 4, 200, len(load_dataset("digits").test)
     merges = 2 * (2 * agents * train + agents * train)  # each agent's model twice, each merged one once
     evaluations = 4 * (agents + 1) * test  # before, merged, trained, merged; and the models' average
-    traced = 2 + 3 + 2 * 2  # the examples from which the permutation groups are derived, and the check of these
-    assert sum(images) == merges + evaluations + train + traced
+    probed = 2 * 2  # two images in each matching, which tell how much a slice of features takes
+    assert sum(images) == merges + evaluations + train + TRACED + probed
 
 
 def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
@@ -386,7 +387,8 @@ def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
     # Before the first merge every model's BatchNorm; then 1 and 3 match agent 0, and 2 both of these.
     first = (agents + 2 + 2 + 3) * train
     evaluations = 6 * (agents + 1) * test
-    assert sum(images) == first + 3 * agents * train + evaluations + 2 * train + 2 + 3 + 2 * 2
+    probed = 3 * 2
+    assert sum(images) == first + 3 * agents * train + evaluations + 2 * train + TRACED + probed
     stats = list(csv.DictReader((run / "merge_stats.csv").open()))
     assert {(row["iteration"], row["agent"], row["neighbour"]) for row in stats} == {
         ("1", "1", "0"), ("1", "3", "0"), ("1", "2", "1"), ("1", "2", "3")}
@@ -451,7 +453,7 @@ def test_fully_connected_agents_share_one_merge(checkpoints, tmp_path):
         shared = folder_of(script("main", *once, cwd=tmp_path), tmp_path)
     assert len({(shared / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 1
     # one evaluation of the shared model is every agent's, and the average's
-    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + 2 + 3 + 2 * 2
+    assert sum(images) == (4 + 4 + 1) * 200 + (5 + 1) * len(load_dataset("digits").test) + TRACED + 2
     own = folder_of(script("main", *once, "--match_data=local", cwd=tmp_path), tmp_path)
     assert own != shared and len({(own / f"merged/model_{i}.pth").read_bytes() for i in range(4)}) == 4
 
