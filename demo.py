@@ -54,7 +54,8 @@ def run_script(module: str, arguments: list[str], label: str) -> str:
 
     The scripts run in the repository's folder, so paths go in and come out relative to it.
     """
-    print(f"{label}$ python -m {module} {shlex.join(arguments)}", flush=True)
+    # In one piece, newline included: the other distribution's lines come in between.
+    print(f"{label}$ python -m {module} {shlex.join(arguments)}\n", end="", flush=True)
     command = [sys.executable, "-u", "-m", module, *arguments]
     # One thread each: 8x8 images leave a second one nothing but waiting (on a busy machine, ten times as long).
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -117,7 +118,8 @@ def table(results: dict[str, dict[str, Curve]]) -> str:
             means = "".join(f"{value:>6.1f}" for value in curve.mean)
             lines.append(f"{LABELS.get(method, method):<14}{means}   {curve.low[-1]:.1f} to {curve.high[-1]:.1f}")
         lines.append(f"=> {distribution}: {verdict(curves)}.")
-    lines += ["", "One seed and 355 test images: read gaps of a point or two with care."]
+    lines += ["", "Right after local training (`trained` above) accuracy is lower: BatchNorm's running statistics lag.",
+              "A merge re-estimates them. One seed and 355 test images: read gaps of a point or two with care."]
     return "\n".join(lines)
 
 

@@ -334,9 +334,10 @@ OPTIONS = (
     Option("bn_samples", "algorithm", "how many of these images, class-balanced where they are all agents'; 0 = all",
            COUNT, 1000, (BASE,), usual=0, matters=lambda o: o["eval_bn"] != "running"),
 
-    Option("correction", "algorithm", "keep agents from drifting towards their own data while they train: LED by what "
-           "a merge has taken them back, at no more bytes; KGT by how they differ in what they have walked, which is "
-           "sent, too", OneOf(corrections), "none", (MAIN,), usual="none", matters=lambda o: merges(o) and trains(o)),
+    Option("correction", "algorithm", "keep agents from drifting towards their own data while they train. LED (local "
+           "exact diffusion): each step takes back a share of what the merges had to take back; no more bytes. KGT "
+           "(local gradient tracking): the same by how agents differ in what they have walked, which is sent, too",
+           OneOf(corrections), "none", (MAIN,), usual="none", matters=lambda o: merges(o) and trains(o)),
 
     Option("opt", "algorithm", {
         MAIN: "DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one another once, "
