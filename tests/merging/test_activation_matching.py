@@ -185,7 +185,7 @@ def test_batches_are_cut_before_passes_are_added(spec):
         assert all(torch.equal(one[group], two[group]) for group in two)  # all fits: bit for bit
 
 
-@pytest.mark.parametrize("memory", [2**20, 2**18, 2**17])
+@pytest.mark.parametrize("memory", [2**20, *(pytest.param(2**k, marks=pytest.mark.long) for k in (18, 17))])
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_memory_is_kept(spec, memory, dense):
     """But for what one model computes on its way, of an image or a few."""

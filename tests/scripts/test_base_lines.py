@@ -232,7 +232,7 @@ def test_everybody_takes_the_same_steps_and_streams_go_on():
 # Launched
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_path):
     """torch.distributed.launch --master_port 0, which tells its workers a port on which nobody can meet."""
     launcher = ("torch.distributed.launch", "--master_port", "0", "--nnodes", "1", "--nproc_per_node=3")
@@ -244,7 +244,7 @@ def test_the_documented_command_gives_one_processs_figures(uninterrupted, tmp_pa
     assert not list(home.glob("dimat-*/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_fails_and_relays_alike(with_faults, tmp_path):
     """Every process decides for itself who is up, and when to exchange."""
     code, log = finished(*torchrun, arguments=[*START, "--epochs=2", *LOCAL["RELAYSGD"]], home=tmp_path)
@@ -294,7 +294,7 @@ def test_nobody_waits_for_ever_for_a_stalled_agent(tmp_path):
                      (tmp_path / "log").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("flags", "message"), [
     (["--num_models=5"], "3 processes for --num_models 5"), (["--topology=nowhere.json"], "nowhere.json")])
 def test_errors_before_the_start_are_said_once(tmp_path, flags, message):

@@ -34,7 +34,8 @@ def adds_up_to(ys: list[dict[str, torch.Tensor]]) -> float:
 
 
 @pytest.mark.parametrize("flags", [
-    ["--opt=COMMON", "--correction=LED"], ["--opt=DIMAT", "--correction=KGT", "--exp=1"]], ids=" ".join)
+    ["--opt=COMMON", "--correction=LED"],
+    pytest.param(["--opt=DIMAT", "--correction=KGT", "--exp=1"], marks=pytest.mark.long)], ids=" ".join)
 def test_a_corrected_run_resumes_to_an_equal_one(flags, tmp_path):
     whole = run(tmp_path / "whole", *flags)
     assert f"correction={flags[1].partition('=')[2]}" in whole.parent.name
@@ -44,7 +45,7 @@ def test_a_corrected_run_resumes_to_an_equal_one(flags, tmp_path):
     assert all(float(t.abs().max()) > 0 for y in corrections(whole) for t in list(y.values())[:1])
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", ["LED", pytest.param("KGT", marks=pytest.mark.long)])
 def test_what_agents_correct_by_adds_up_to_nothing(correction, tmp_path):
     folder = run(tmp_path, "--opt=WA", "--merg_itr=6", "--topology=torus", "--link_failure=0.3", "--agent_failure=0.2",
                  "--wire=int8", f"--correction={correction}")
@@ -53,6 +54,7 @@ def test_what_agents_correct_by_adds_up_to_nothing(correction, tmp_path):
     assert adds_up_to(ys) < 1e-5 < 1e-3 < max(float(t.abs().max()) for y in ys for t in y.values())
 
 
+@pytest.mark.long
 def test_a_graph_that_changes_and_agents_in_one_order_of_units(tmp_path):
     assert adds_up_to(corrections(run(tmp_path, "--opt=WA", "--exp=2", "--correction=LED"))) < 1e-5
     assert adds_up_to(corrections(run(tmp_path, "--opt=COMMON", "--correction=LED"))) < 1e-5
@@ -60,7 +62,7 @@ def test_a_graph_that_changes_and_agents_in_one_order_of_units(tmp_path):
     assert adds_up_to(corrections(moving)) < 1e-5
 
 
-@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("wire", ["fp32", *(pytest.param(wire, marks=pytest.mark.long) for wire in [*WIRES][1:])])
 def test_only_a_walk_costs_bytes(wire, tmp_path):
     sent = {}
     for correction in ("none", *CORRECTIONS):
@@ -85,6 +87,7 @@ def test_processes_of_all_kinds_give_one_processs_figures(correction, tmp_path):
         (equal_runs if kind == "--workers=2" else same_but_for_what_nobody_knows)(one, folder_of(printed, home))
 
 
+@pytest.mark.long
 def test_the_first_merge_corrects_nothing(tmp_path):
     """What agents differ by before they have ever merged is no drift."""
     rows = {}
