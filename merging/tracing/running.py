@@ -73,10 +73,14 @@ def run(model: nn.Module, *inputs: Any, keywords: Mapping[str, Any] | None = Non
         raise DoesNotRun(f"{type(model).__name__} fails on {what} of shape {shapes}: {_reason(error)}") from error
 
 
+# What torch itself keeps in a module: no network's own values, and most of what there would be to look through.
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
+
+
 @contextmanager
 def _forgetting(model: nn.Module) -> Iterator[None]:
     """After it, the model's attributes, and the dicts and lists in them, hold what they held before."""
-    kept = {id(vars(module)): (vars(module), dict(vars(module))) for module in model.modules()}
+    kept: dict[int, tuple[Any, Any]] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, (dict, list)) and id(value) not in kept:
@@ -84,20 +88,25 @@ def _forgetting(model: nn.Module) -> Iterator[None]:
             for inner in value.values() if isinstance(value, dict) else value:
                 look(inner)
 
+    attributes = []
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                look(value)
+        own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+        attributes.append((vars(module), own))
+        for value in own.values():
+            look(value)
     try:
         yield
     finally:
-        for holder, content in kept.values():
-            if isinstance(holder, dict):
-                for key in holder.keys() - content.keys():
-                    del holder[key]
-                holder.update(content)
+        for holder, own in attributes:
+            for name in holder.keys() - own.keys() - _OF_TORCH:
+                del holder[name]
+            holder.update(own)
+        for value, content in kept.values():
+            if isinstance(value, dict):
+                value.clear()
+                value.update(content)
             else:
-                holder[:] = content
+                value[:] = content
 
 
 def _uncompiled() -> AbstractContextManager:
