@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,11 @@ class DriftCorrection:
 
     def walk_of(self, i: int, own: State) -> float:
         """How far agent i says that it has walked, in multiples of the norm of the model `own`; 0 where nobody says."""
-        lengths = [[float(state[name].double().square().sum()) for name in self.names]
-                   for state in (self.walked.get(i, {}), own) if state]
-        return math.sqrt(sum(lengths[0]) / max(sum(lengths[1]), 1e-300)) if len(lengths) > 1 else 0.0
+        if i not in self.walked:
+            return 0.0
+        walked, norm = (math.hypot(*(float(state[name].double().norm()) for name in self.names))
+                        for state in (self.walked[i], own))
+        return walked / max(norm, 1e-300)
 
     def reorder(self, i: int, permutations: Permutations) -> None:
         """The units of agent i's model have another order from now on."""
@@ -80,7 +82,7 @@ class DriftCorrection:
                 self.since[i] = {name: state[name] for name in self.names}
         self.walked = {}
 
-    def step(self, i: int, model: nn.Module, steps: int):
+    def step(self, i: int, model: nn.Module, steps: int) -> Callable[[], None] | None:
         """What to do after every one of so many steps in which `model` is trained for agent i; None: nothing."""
         if i not in self.y:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from data.batches import Batches
-from data.datasets import Dataset
+from data.datasets import Dataset, some_images
 from data.noise import with_feature_noise
 from experiments.dealing import deal, seed_of_data
 from models import build_model, training
@@ -72,6 +71,12 @@ def new_model(s: ModelSettings, dataset: Dataset, seed: int | None = None) -> nn
                        image_size=dataset.image_size, width_multiplier=s.width_multiplier, norm=s.norm, seed=seed)
 
 
+def training_batches(s: TrainSettings, dataset: Dataset, indices: np.ndarray, *seed_path: Any) -> Batches:
+    """A pass over an agent's training images, augmented, in an order that `seed_path` decides."""
+    return Batches(dataset, dataset.train, indices, s.batch_size, shuffle=True, augment=True,
+                   make_generator=lambda: generator(s.seed, *seed_path))
+
+
 class LocalTrainer:
     """Trains one agent after the other in one working model, so that memory doesn't grow with their number."""
 
@@ -90,15 +95,19 @@ class LocalTrainer:
         labels = self.dataset.train.labels[torch.as_tensor(indices, device=self.dataset.train.labels.device)]
         return training.make_loss(self.settings.loss, self.settings.adjust_tau, labels, self.dataset.num_classes)
 
-    def steps_of_epoch(self, indices: np.ndarray) -> int:
-        return math.ceil(len(indices) / self.settings.batch_size)
+    def sample(self, parts: list[np.ndarray], agent: int | None, count: int, iteration: int, purpose: str,
+               augment: bool = False) -> Batches:
+        """So many of an agent's training images, or (None) of all agents' `parts`, as they are read in an iteration."""
+        s, train = self.settings, self.dataset.train
+        indices = some_images(train, parts, agent, count, generator(s.seed, agent or 0, iteration, "sample"))
+        return Batches(self.dataset, train, indices, s.batch_size, shuffle=True, augment=augment,
+                       make_generator=lambda: generator(s.seed, agent or 0, iteration, purpose))
 
     def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler,
               after_step: Callable[[], None] | None = None) -> training.EpochStats:
         """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
         s = self.settings
-        batches = Batches(self.dataset, self.dataset.train, indices, s.batch_size, shuffle=True, augment=True,
-                          make_generator=lambda: generator(s.seed, *seed_path))
+        batches = training_batches(s, self.dataset, indices, *seed_path)
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
         torch.manual_seed(generator(s.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
         try:

@@ -14,10 +14,9 @@ import torch
 
 from agents.alignment import Alignment
 from agents.correction import DriftCorrection
-from agents.local import LocalTrainer
+from agents.local import LocalTrainer, training_batches
 from agents.run import Agents
 from data.batches import Batches
-from data.datasets import some_images
 from experiments.checkpoints import check_state
 from merging import METHODS, Merged, Method, merge, outgoing
 from merging.activation_matching import Matching
@@ -25,13 +24,12 @@ from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
-from network.faults import Faults, surviving, without
+from network.faults import surviving, without
 from network.processes import Network, taken
 from network.topology import Topology
 from network.turns import CommonBasis
 from optimizers.corrections import CORRECTIONS
 from utils.progress import progress, say
-from utils.seeds import generator
 from utils.settings import FromOptions
 
 SHARED = -1
@@ -166,10 +164,6 @@ class MergingAgents(Agents):
     def compares_activations(self) -> bool:
         return self.method.reads_images or self.method.aligned
 
-    @cached_property
-    def faults(self) -> Faults:
-        return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)
-
     def up(self, iteration: int) -> list[int]:
         """The agents of this process that take part in an iteration."""
         up = self.faults.agents(iteration, self.num_agents)
@@ -188,11 +182,8 @@ class MergingAgents(Agents):
 
     def matching_batches(self, agent: int | None, iteration: int) -> Batches:
         """What matching and BatchNorm re-estimation read in an iteration: an agent's images, or (None) all agents'."""
-        s, dataset = self.settings, self.trainer.dataset
-        indices = some_images(dataset.train, self.train_parts, agent, s.match_samples,
-                              generator(s.seed, agent or 0, iteration, "sample"))
-        return Batches(dataset, dataset.train, indices, s.batch_size, shuffle=True, augment=s.match_augment,
-                       make_generator=lambda: generator(s.seed, agent or 0, iteration, "match"))
+        s = self.settings
+        return self.trainer.sample(self.train_parts, agent, s.match_samples, iteration, "match", s.match_augment)
 
     # Merging
 
@@ -312,7 +303,8 @@ class MergingAgents(Agents):
         for i in progress(self.up(iteration), f"iteration {iteration}: training", unit="agent"):
             self.trainer.model.load_state_dict(self.states[i])
             optimizer, scaler = self.trainer.fresh_optimizer()
-            steps = self.settings.epochs * self.trainer.steps_of_epoch(self.train_parts[i])
+            batches = training_batches(self.trainer.settings, self.trainer.dataset, self.train_parts[i])
+            steps = self.settings.epochs * len(batches)
             correct = self.correction and self.correction.step(i, self.trainer.model, steps)
             last = training.EpochStats(math.nan, math.nan, 0, 0)
             for epoch in range(1, self.settings.epochs + 1):

@@ -8,26 +8,24 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from agents.local import LocalTrainer, TrainSettings
+from agents.local import LocalTrainer, TrainSettings, training_batches
 from agents.run import Agents
 from data.batches import Batches
-from data.datasets import Dataset, some_images
+from data.datasets import Dataset
 from experiments.checkpoints import State, check_state
 from merging.batch_norm import reestimate
 from models import training
-from network.faults import Faults, kept_by_senders, surviving
+from network.faults import kept_by_senders, surviving
 from network.processes import Network
 from network.topology import Topology
 from optimizers import BASELINES, LOCAL, Agent, FlatModel, Neighbourhood, Settings, neighbourhood, take_step
 from optimizers.agent import classification
 from utils.progress import progress
-from utils.seeds import generator
 from utils.settings import FromOptions
 
 
@@ -86,10 +84,6 @@ class MixingAgents(Agents):
             raise training.Diverged(f"epoch {epoch}, {error}; the run folder keeps what was finished "
                                     "before") from None
 
-    @cached_property
-    def faults(self) -> Faults:
-        return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)
-
     def up(self, step: int) -> dict[int, Agent]:
         """The agents of this process that take part in step 0, 1, 2, ... of the run."""
         up = self.faults.agents(step + 1, self.topology.num_agents)
@@ -113,15 +107,12 @@ class MixingAgents(Agents):
 
     def as_evaluated(self, i: int, state: State, iteration: int) -> State:
         """Agent i's model with the BatchNorm statistics of --eval_bn; all other tensors are those of `state`."""
-        s, dataset = self.settings, self.trainer.dataset
+        s = self.settings
         if s.eval_bn == "running":
             return state
         agent = i if s.eval_bn == "local" else None
-        indices = some_images(dataset.train, self.train_parts, agent, s.bn_samples,
-                              generator(s.seed, agent or 0, iteration, "sample"))
-        return reestimate(self.trainer.model, state, Batches(
-            dataset, dataset.train, indices, s.batch_size, shuffle=True,
-            make_generator=lambda: generator(s.seed, agent or 0, iteration, "BatchNorm")))
+        return reestimate(self.trainer.model, state, self.trainer.sample(
+            self.train_parts, agent, s.bn_samples, iteration, "BatchNorm"))
 
     # As a run sees them
 
@@ -169,8 +160,7 @@ def batch_stream(s: TrainSettings, dataset: Dataset, indices: np.ndarray, agent:
     """An agent's batches from its step `start` on, pass after pass over its images, each in an order of its own."""
 
     def whole_pass(number: int) -> Batches:
-        return Batches(dataset, dataset.train, indices, s.batch_size, shuffle=True, augment=True,
-                       make_generator=lambda: generator(s.seed, agent, number, "pass"))
+        return training_batches(s, dataset, indices, agent, number, "pass")
 
     done, skipped = divmod(start, len(whole_pass(1)))
     yield from itertools.islice(whole_pass(done + 1), skipped, None)

@@ -7,8 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from data.datasets import Dataset
 from experiments.checkpoints import State, check_state, digest, digest_of_all
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
+from network.faults import Faults
 from network.processes import Network
 from network.topology import Topology
 from utils.progress import progress
@@ -38,9 +40,18 @@ class Phase:
     figures: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
+class MayFail(Protocol):
+    """Settings that say how often links and agents fail."""
+
+    link_failure: float
+    agent_failure: float
+    seed: int
+
+
 class Agents(ABC):
     """The agents of one process, as a run sees them."""
 
+    settings: MayFail
     network: Network
     topology: Topology
     trainer: LocalTrainer
@@ -60,6 +71,10 @@ class Agents(ABC):
         model: the same number for agents that share one model; as a rule it is the agent's own.
         saved: what state.pt keeps of it besides samples and steps; `states` only where they differ from `state`.
         """
+
+    @cached_property
+    def faults(self) -> Faults:
+        return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)
 
     def catch_up(self, iteration: int) -> int:
         """The iteration to go on with instead of this one: another where the others have gone on without us."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from data.datasets import Dataset, load_dataset
-from data.partition import asks_for, make_partition
+from data.partition import Parts, asks_for, make_partition
 from experiments.options import Settings
-
-Parts = list[np.ndarray]
 
 
 def seed_of_data(o: Settings) -> int:

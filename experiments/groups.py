@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from experiments.parsing import number, parser, path
+from experiments.parsing import check_picture, number, parser, path
 from merging.drawing import plot
 from merging.permutation import derive_spec, describe
 from models import NORMS, build_model
 from utils.progress import command
-
-KINDS = (".png", ".pdf", ".svg")
 
 
 @command
@@ -30,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--norm", choices=NORMS, default="batch", help="norm of resnet20, vgg16 and resnet50")
     p.add_argument("--plot", type=path, metavar="FILE.png", help="draw the groups over the layers (png, pdf, svg)")
     o = p.parse_args(argv)
-    if o.plot and Path(o.plot).suffix.lower() not in KINDS:
-        raise ValueError(f"--plot {o.plot}: give a name that ends in {', '.join(KINDS)}")
+    if o.plot:
+        check_picture("--plot", o.plot)
     model = build_model(o.model, o.num_classes, in_channels=o.in_channels, image_size=o.image_size,
                         width_multiplier=o.width_multiplier, norm=o.norm)
     spec = derive_spec(model, torch.empty(1, o.in_channels, o.image_size, o.image_size))

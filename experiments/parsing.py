@@ -68,6 +68,15 @@ def only_option(p: argparse.ArgumentParser, do: str, besides: str = "") -> None:
                         "--only opt=DIMAT,WA seed=0")
 
 
+FORMATS = ("png", "pdf", "svg")
+
+
+def check_picture(option: str, file: str) -> None:
+    """Raises ValueError where a picture would have a name that says no format."""
+    if file.lower().rpartition(".")[2] not in FORMATS:
+        raise ValueError(f"{option} {file}: give a name that ends in {', '.join(f'.{kind}' for kind in FORMATS)}")
+
+
 # Python itself also takes 1_0, blanks and the digits of all scripts.
 NUMBERS = {int: r"[+-]?\d{1,19}", float: r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)"}
 
@@ -144,10 +153,6 @@ def parser(prog: str, description: str, example: str, all_help: bool = False) ->
         p.add_argument("-h", "--help", action=Help, nargs="?", choices=["all"], default=argparse.SUPPRESS,
                        dest=argparse.SUPPRESS, help="explain the options, or all")
     return p
-
-
-def flag(group, *names: str, default: bool | None = False, help: str) -> None:
-    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=help)
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,12 +15,11 @@ import numpy as np
 from experiments.checkpoints import describe
 from experiments.dealing import deal
 from experiments.options import OPTIONS, TRAIN, add_to, dealt, train_parser
-from experiments.parsing import Formatter, Parser, path
+from experiments.parsing import Formatter, Parser, check_picture, path
 from experiments.trainings import fill_defaults
 from reports.drawing import new_figure, save_figure
 from utils.progress import command
 
-KINDS = (".png", ".pdf", ".svg")
 WHERE_IMAGES_LIE = {"data_dir", "imgntdir"}  # where images lie, which may have moved since
 OF_DATA = {option.name for option in OPTIONS if option.group == "data"} | {"seed"}
 
@@ -94,8 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     o = vars(make_parser().parse_args(argv))
     folder, out, overwrite = o.pop("folder"), Path(o.pop("out")), o.pop("overwrite")
-    if out.suffix.lower() not in KINDS:
-        raise ValueError(f"--out {out}: give a name that ends in {', '.join(KINDS)}")
+    check_picture("--out", str(out))
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another --out, or --overwrite to replace it")
     typed = {key: value for key, value in o.items() if value is not None}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.options import ALONE
-from experiments.parsing import Formatter, Parser, number, only_option
+from experiments.parsing import FORMATS, Formatter, Parser, number, only_option
 from experiments.run_folder import PHASES
 from network.topology import Topology, make_topology, short_name
 from reports.drawing import (
@@ -681,9 +681,6 @@ PICTURES: dict[str, Callable[[Sequence[Line], Note], list[Page]]] = {
     picture.__name__: picture for picture in (accuracy, accuracy_per_gigabyte, accuracy_matrix, topology, communication,
                                               consensus, merge_stats)
 }
-FORMATS = ("png", "pdf", "svg")
-
-
 def formats(text: str) -> list[str]:
     """An argparse type: 'png,pdf' -> ['png', 'pdf']."""
     names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
