@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -48,16 +49,27 @@ class Evaluation:
         return self.losses.double().mean().item()
 
 
+def uncompiled(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimiser without what torch wraps around it for torch.compile: at its first call that imports the
+    whole compiler, which takes 2 s in every process that trains. Nothing here compiles an optimiser."""
+    within = {name: inspect.unwrap(getattr(optimizer, name))
+              for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad", "step")}
+    return type(optimizer.__name__, (optimizer,), within | {"step": torch.no_grad()(within["step"])})
+
+
+Adam, SGD = uncompiled(torch.optim.Adam), uncompiled(torch.optim.SGD)
+
+
 def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float):
     """`name`: adam or sgd. Momentum belongs to sgd alone."""
     if name == "adam":
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
 # What an optimiser keeps of each parameter: tensors of its shape, or of a single entry.
-KEPT = {torch.optim.Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
-        torch.optim.SGD: {"momentum_buffer?": (Tensor, NoneType)}}
+KEPT = {Adam: {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor},
+        SGD: {"momentum_buffer?": (Tensor, NoneType)}}
 
 
 def misfit(optimizer: torch.optim.Optimizer, saved: dict) -> str | None:

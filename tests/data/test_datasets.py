@@ -106,10 +106,15 @@ def test_the_digits_are_scikit_learns(monkeypatch):
 
 def test_a_start_imports_nothing_that_takes_seconds(tmp_path):
     code = """
-import sys, base_lines, main, train, models, experiments.sweep, data.datasets
+import sys, base_lines, main, train, models, models.training, experiments.sweep, data.datasets
 data.datasets.load_dataset("digits", ".")
 for name in ("resnet20", "vgg16"):
-    models.build_model(name, 10, width_multiplier=1)
+    model = models.build_model(name, 10, width_multiplier=1)
+for name in ("adam", "sgd"):
+    optimizer = models.training.make_optimizer(model, name, 0.1, 0.9, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
 print(*({"sklearn", "torchvision", "torch._dynamo", "matplotlib"} & sys.modules.keys()))"""
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                            capture_output=True, text=True, check=True)

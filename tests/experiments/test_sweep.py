@@ -327,7 +327,8 @@ def test_gpus_are_dealt_out_and_the_cores_shared(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize("sent", [[signal.SIGINT], *(pytest.param(sent, marks=pytest.mark.long) for sent in (
+    [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]))])
 def test_stopping_a_sweep_ends_what_it_started_and_nothing_else(tmp_path, sent):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from experiments import sweep; "
@@ -388,6 +389,23 @@ def test_jobs_end_with_their_sweep_however_that_ends(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs_and_is_finished_the_second_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one = SWEEP | {"train": {"epochs": 1}, "all": SWEEP["all"] | {"seed": 0}, "main": {"opt": "WA", "merg_itr": 1}}
+    Path("sweep.yaml").write_text(yaml.safe_dump(one))
+    assert sweep.main(["sweep.yaml", "--num_parallel", "2"]) == 0
+    assert "3 of 3 done" in capsys.readouterr().out
+    results = {folder: rows_of(folder) for folder in (file.parent for file in Path("results").glob("**/metrics.csv"))}
+    logs = {log: log.read_text() for log in Path("runs").glob("*.log")}
+    assert len(results) == 2 and len(logs) == 3
+    assert sweep.main(["sweep.yaml"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert logs == {log: log.read_text() for log in Path("runs").glob("*.log")}
+    assert results == {folder: rows_of(folder) for folder in results}
+
+
+@pytest.mark.long
+def test_a_sweep_starts_again_whatever_is_not_as_it_would_make_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runs = [{"opt": ["WA", "COMMON"], "merg_itr": 1}, {"opt": "WA", "merg_itr": 1, "randominit": True}]
     small = SWEEP | {"train": {"epochs": 1}, "all": SWEEP["all"] | {"seed": 0}, "main": runs}

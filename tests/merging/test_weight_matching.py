@@ -33,7 +33,8 @@ def similarity(spec, a, b, permutations):
     return sum(float((a[n].double() * t.double()).sum()) for n, t in permuted.items() if "running" not in n)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.long] * (name == "tv:densenet121")) for name in MODELS])
 def test_a_permuted_copy_is_recovered_exactly(name):
     model, spec = model_and_spec(name)
     state = model.state_dict()
@@ -188,6 +189,7 @@ def pair_of(steps, seed=0):
     return derive_spec(found[0], torch.zeros(2, 3, 4, 4), check=False), *(model.state_dict() for model in found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_kept_changes_no_answer_for_any_layer(name):
     """Between convolutions, and the same layer twice: units that feed themselves."""

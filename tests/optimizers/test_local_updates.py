@@ -187,7 +187,8 @@ def test_steps_are_their_formulas(problem, name, K, topology):
 
 
 @pytest.mark.parametrize("name,K", [(name, K) for name in EXACT[:3] for K in (1, 4)] + [("D2", 1), ("RELAYSGD", 1)])
-@pytest.mark.parametrize("topology", ["ring", "star", "bipartite"])
+@pytest.mark.parametrize("topology", ["ring", *(
+    pytest.param(topology, marks=pytest.mark.long) for topology in ("star", "bipartite"))])
 def test_the_exact_methods_find_the_minimiser_with_a_constant_step(problem, name, K, topology):
     found = Group(name, pulled(*problem), topology, local_steps=K).take(1500, lr=0.03)[-1]
     np.testing.assert_allclose(found, np.tile(minimiser(*problem[1:]), (N, 1)), rtol=0, atol=1e-7)
@@ -223,7 +224,8 @@ def test_dfedavgm_with_one_local_step_is_dpsgd(problem):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["LED", "KGT", "DSGT", "D2"])
+@pytest.mark.parametrize("name", ["LED", "D2", *(
+    pytest.param(name, marks=pytest.mark.long) for name in ("KGT", "DSGT"))])
 def test_a_decayed_learning_rate_does_not_move_who_has_arrived(problem, name):
     """D2's correction is one of models: it has to be learnt anew, and is."""
     group = Group(name, pulled(*problem), "ring")

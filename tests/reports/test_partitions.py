@@ -1,8 +1,6 @@
 """Pictures of who has what."""
 
 import argparse
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -93,11 +91,6 @@ def test_errors_are_a_line(tmp_path):
     assert "--alpha belongs to" in said("--alpha=2")
     assert "5 agents with 1 classes" in said("--data_dist=classes", "--classes_per_agent=1")
     assert not list(tmp_path.glob("partition*"))
-
-
-def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, reports.partitions; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_demo_draws_its_data(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from reports.drawing import (
     styles,
 )
 from reports.runs import Curve, accuracy_curve, find_runs, read_metrics, without_say
+from tests.helpers import ROOT, script
 
 
 @pytest.fixture
@@ -93,11 +94,6 @@ def test_figure_is_written_whole(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 200_000
     assert [entry.name for entry in path.parent.iterdir()] == ["picture.png"]
-
-
-def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, reports.plots; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_demo_says_plainly_who_is_ahead():
@@ -641,7 +637,7 @@ def test_an_agent_without_test_images_is_left_white(make):
     assert page().axes[0].images[0].norm.vmax <= 30
 
 
-@pytest.mark.parametrize("agents, count", [(5, 1), (20, 4)])
+@pytest.mark.parametrize("agents, count", [(5, 1), pytest.param(20, 4, marks=pytest.mark.long)])
 def test_words_stay_on_the_page_and_off_the_panels(make, agents, count, caplog):
     """Long names, many agents: headings, legends and captions."""
     name = "A_METHOD_WITH_A_NAME_OF_FORTY_CHARACTERS"
@@ -749,12 +745,11 @@ def test_unreadable_folders_are_noted_and_the_rest_is_drawn(tmp_path, capsys):
 
 
 def test_the_module_is_a_command_and_imports_no_script():
-    shown = subprocess.run([sys.executable, "-m", "reports.plots", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
+    shown = script("reports.plots", "--help", cwd=ROOT)
     assert "python -m reports.plots results/ --out figures/" in shown.stdout
     assert all(name in shown.stdout for name in run_plots.PICTURES)
-    code = ("import sys, json, reports.plots; "
+    code = ("import sys, json, reports.plots, reports.partitions; "
             "print(json.dumps([name.partition('.')[0] for name in sys.modules]))")
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-    assert "utils" in loaded
+    assert "utils" in loaded  # and matplotlib is only to draw
     assert not set(loaded) & {"matplotlib", "merging", "main", "train", "base_lines", "demo", "optimizers"}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from reports.tables import MISSING, main
-from tests.helpers import ROOT
+from tests.helpers import ROOT, script
 from utils.progress import print_anywhere
 
 MERGE = {
@@ -437,7 +437,7 @@ def test_the_command_runs_and_its_help_teaches(add, tmp_path):
     command = [sys.executable, "-m", "reports.tables"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "| DIMAT | 50.00 (1)" in done.stdout
-    help_ = subprocess.run([*command, "-h"], capture_output=True, text=True).stdout
+    help_ = script("reports.tables", "-h", cwd=tmp_path).stdout
     assert "example:\n  python -m reports.tables results/" in help_
     assert "of the runs that get there) (default: final)" in " ".join(help_.split())
 

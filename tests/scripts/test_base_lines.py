@@ -82,7 +82,8 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(uninterrupted, tmp_path
     equal_runs(uninterrupted, folder_of(longer.stdout, tmp_path))
 
 
-@pytest.mark.parametrize(("images", "samples", "batches"), [("local", 50, 3), ("all", 0, 10)])  # of 67 and 200, by 20
+@pytest.mark.parametrize(("images", "samples", "batches"), [
+    ("local", 50, 3), pytest.param("all", 0, 10, marks=pytest.mark.long)])  # of 67 and 200, by 20
 def test_evaluating_with_fresh_statistics_leaves_training_alone(uninterrupted, tmp_path, images, samples, batches):
     command = [*START, "--opt=CDMSGD", f"--eval_bn={images}", f"--bn_samples={samples}"]
     script("base_lines", *command, "--epochs=2", cwd=tmp_path)

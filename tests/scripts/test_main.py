@@ -27,7 +27,7 @@ from storage.files import claim, save_text
 from tests.helpers import copied, equal, equal_runs, folder_of, home_of, process, rows_of, script
 
 TRACED = 2 + 3 + 3 * 2  # the examples from which the permutation groups are derived, and the check of these
-RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=4", "--training", "--epochs=1"]
+RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=3", "--training", "--epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,19 @@ def test_a_run_folder_holds_what_it_should(uninterrupted):
     rows = rows_of(uninterrupted)
     phases = [(row["iteration"], row["phase"]) for row in rows[::4]]
     assert phases == [("0", "initial"), ("1", "merged"), ("1", "trained"), ("2", "merged"), ("2", "trained"),
-                      ("3", "merged"), ("3", "trained"), ("4", "merged")]
+                      ("3", "merged")]
     merged = [row for row in rows if row["phase"] == "merged"]
     assert all(row["train_accuracy"] == "" and int(row["bytes_sent"]) > 0 for row in merged)
     assert all(float(row["train_accuracy"]) > 0 for row in rows if row["phase"] == "trained")
-    matrix = np.loadtxt(uninterrupted / "accuracy_matrix/iteration_0004_merged.csv", delimiter=",", skiprows=1)
+    matrix = np.loadtxt(uninterrupted / "accuracy_matrix/iteration_0003_merged.csv", delimiter=",", skiprows=1)
     assert matrix.shape == (4, 1 + 4 + 1)
     assert float(rows[-1]["test_accuracy"]) == pytest.approx(matrix[3, -1], abs=1e-3)
     # 50 images of each agent in every local epoch
-    assert [row["samples"] for row in rows[::4]] == ["0", "0", "50", "50", "100", "100", "150", "150"]
+    assert [row["samples"] for row in rows[::4]] == ["0", "0", "50", "50", "100", "100"]
     assert len(list(uninterrupted.glob("merged/*.pth"))) == len(list(uninterrupted.glob("trained/*.pth"))) == 4
     merges = list(csv.DictReader((uninterrupted / "merge_stats.csv").open()))
-    assert len(merges) == 4 * 8 * 12  # iterations, ordered pairs of neighbours, groups
-    assert {row["iteration"] for row in merges} == set("1234") and merges[0]["group"] == "conv1"
+    assert len(merges) == 3 * 8 * 12  # iterations, ordered pairs of neighbours, groups
+    assert {row["iteration"] for row in merges} == set("123") and merges[0]["group"] == "conv1"
     assert all(0 < float(row["correlation"]) <= 1 and 0 <= float(row["moved"]) <= 1 for row in merges)
 
 
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_to_an_equal_one(uninterrupted, checkpoints, tmp_pa
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     running = process("main", *command, cwd=tmp_path)
     draw = random.Random(seed)
-    lines, wanted = 0, 3 + draw.randrange(4)
+    lines, wanted = 0, 2 + draw.randrange(4)
     while lines < wanted:
         lines += running.stdout.readline().startswith("iteration")
     time.sleep(draw.random() * 0.3)
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_an_equal_one(uninterrupted, checkpoints, tmp_pa
 
 def test_a_finished_run_goes_on_as_if_it_had_never_stopped(uninterrupted, checkpoints, tmp_path):
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
-    script("main", *command, "--merg_itr=2", cwd=tmp_path)
+    script("main", *command, "--merg_itr=1", cwd=tmp_path)
     equal_runs(uninterrupted, folder_of(script("main", *command, "--resume", cwd=tmp_path), tmp_path))
 
 
@@ -95,7 +95,7 @@ def test_merg_itr_init_starts_at_a_kept_iteration(uninterrupted, checkpoints, tm
     copied(uninterrupted, home)
     command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
     equal_runs(uninterrupted, folder_of(script("main", *command, "--merg_itr_init=2", cwd=home), home))
-    assert "iterations 3 to 4 are dropped" in script("main", *command, "--merg_itr_init=2", cwd=home).stdout
+    assert "iterations 2 to 3 are dropped" in script("main", *command, "--merg_itr_init=1", cwd=home).stdout
     result = script("main", *command, "--merg_itr_init=9", cwd=home, check=False)
     assert result.returncode == 2 and "--merg_itr_init 9" in result.stderr
 
@@ -123,10 +123,10 @@ def test_what_lies_beyond_the_last_commit_is_dropped(uninterrupted, checkpoints,
 
 
 def test_a_shorter_run_in_a_longer_ones_folder_changes_nothing(uninterrupted, checkpoints):
-    home, command = home_of(uninterrupted), [*RUN, f"--ckp={checkpoints}", "--merg_itr=3"]
+    home, command = home_of(uninterrupted), [*RUN, f"--ckp={checkpoints}", "--merg_itr=2"]
     before = (uninterrupted / "config.yaml").read_bytes()
     assert "finished before" in script("main", *command, cwd=home).stdout
-    assert "--merg_itr_init 3" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
+    assert "--merg_itr_init 2" in script("main", *command, "--merg_itr_init=2", cwd=home, check=False).stderr
     for flag in ("--resume", "--merg_itr_init=1"):
         assert "--overwrite" in script("main", *command, "--overwrite", flag, cwd=home, check=False).stderr
     assert before == (uninterrupted / "config.yaml").read_bytes()
@@ -216,7 +216,7 @@ def test_a_state_that_is_not_of_this_run_is_named(uninterrupted, checkpoints, tm
     state = torch.load(file, weights_only=True)
     change(state)
     torch.save(state, file)
-    command = [*RUN, f"--ckp={checkpoints}", "--keep=all", "--resume", "--merg_itr=5"]
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all", "--resume", "--merg_itr=4"]
     result = script("main", *command, cwd=home, check=False)
     assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1
 
@@ -239,7 +239,7 @@ def test_state_pt_alone_says_what_is_finished(uninterrupted, checkpoints, tmp_pa
     home = tmp_path / "home"
     folder = copied(uninterrupted, home)
     shutil.copy(folder / "states/iteration_0002.pt", folder / "state.pt")  # killed before 3 was committed
-    command = [*RUN, f"--ckp={checkpoints}", "--keep=all"]
+    command = [*RUN, f"--ckp={checkpoints}", "--keep=all", "--merg_itr=4"]
     assert "there is [1, 2]" in script("main", *command, "--merg_itr_init=3", cwd=home, check=False).stderr
     # and what a longer run had begun is dropped when a shorter one is called finished
     assert "finished before" in script("main", *command, "--merg_itr=2", "--resume", cwd=home).stdout
@@ -394,6 +394,7 @@ def test_a_common_basis_costs_matching_once(checkpoints, tmp_path):
         ("1", "1", "0"), ("1", "3", "0"), ("1", "2", "1"), ("1", "2", "3")}
 
 
+@pytest.mark.long  # in short, test_correction.py has one that corrects its drift
 def test_a_common_basis_resumes_to_an_equal_run(checkpoints, tmp_path):
     flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON", "--match_prior=identity"]
     whole = folder_of(script("main", *flags, "--merg_itr=3", cwd=tmp_path), tmp_path)
@@ -442,7 +443,7 @@ def test_every_local_epoch_has_chances_of_its_own(checkpoints, tmp_path, monkeyp
     paths, epoch = [], LocalTrainer.epoch
     monkeypatch.setattr(LocalTrainer, "epoch", lambda self, part, path, *rest: paths.append(path) or epoch(
         self, part, path, *rest))
-    script("main", *RUN, f"--ckp={checkpoints}", "--merg_itr=3", "--epochs=2", cwd=tmp_path)
+    script("main", *RUN, f"--ckp={checkpoints}", "--opt=WA", "--epochs=2", cwd=tmp_path)
     assert len(set(paths)) == len(paths) == 2 * 4 * 2  # trained twice, four agents, two epochs
 
 

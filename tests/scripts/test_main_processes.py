@@ -1,6 +1,7 @@
 """main.py over several processes: launched, as workers, and as agents on their own that die and come back."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,16 @@ def run_below(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(checkpoints, tmp_path_factory) -> Path:
+def one_process(checkpoints, tmp_path_factory) -> Callable[[str], Path]:
+    """A case's run with all agents in one process, made once."""
     folder = tmp_path_factory.mktemp("one_process")
-    for case in CASES:
+
+    @functools.cache
+    def run(case: str) -> Path:
         script("main", *arguments(checkpoints, folder, case), cwd=folder)
-    return folder
+        return run_below(results_dir(folder, case))
+
+    return run
 
 
 def in_group(processes: int, checkpoints: Path, home: Path, cases: Sequence[str], *extra: str) -> list[dict]:
@@ -71,7 +77,7 @@ def test_a_group_gives_one_processs_figures_and_sends_no_more_than_it_must(one_p
     home = {i: r for r, part in enumerate(parts) for i in part["agents"]}
     assert home == {0: 0, 1: 0, 2: 1, 3: 1} and len(home) == AGENTS
     for case in CASES:
-        one, many = (run_below(results_dir(folder, case)) for folder in (one_process, tmp_path))
+        one, many = one_process(case), run_below(results_dir(tmp_path, case))
         equal_runs(one, many)
         # An agent's model goes once to each process that has a neighbour of it: no more crosses, and to nobody else.
         model = torch.load(many / "merged/model_0.pth", weights_only=True)
@@ -94,16 +100,15 @@ def test_a_group_gives_one_processs_figures_and_sends_no_more_than_it_must(one_p
 def test_local_matching_reads_no_image_of_another_process(one_process, checkpoints, tmp_path):
     cases = ("DIMAT ring local", "DIMAT ring all")
     in_group(2, checkpoints, tmp_path, cases, "poison")
-    of = {case: [run_below(results_dir(folder, case)) for folder in (one_process, tmp_path)] for case in cases}
+    of = {case: [one_process(case), run_below(results_dir(tmp_path, case))] for case in cases}
     equal_runs(*of["DIMAT ring local"])
     one, poisoned = (rows_of(run) for run in of["DIMAT ring all"])  # which does read them
     assert one != poisoned
 
 
 def test_bytes_are_degree_times_model(one_process):
-    for case, degrees in {"DIMAT ring all": [2] * 4, "WA star all": [3, 1, 1, 1], "COMMON ring local": [2] * 4,
-                          "alone": [0] * 4}.items():
-        run = run_below(results_dir(one_process, case))
+    for case, degrees in {"WA star all": [3, 1, 1, 1], "COMMON ring local": [2] * 4, "alone": [0] * 4}.items():
+        run = one_process(case)
         size = sum(t.numel() * t.element_size()
                    for t in torch.load(run / "merged/model_0.pth", weights_only=True).values())
         merged = [row for row in rows_of(run) if row["phase"] == "merged"]
@@ -112,7 +117,7 @@ def test_bytes_are_degree_times_model(one_process):
 
 
 def test_who_took_part_is_written_down(one_process):
-    rows = rows_of(run_below(results_dir(one_process, "WA faults all")))
+    rows = rows_of(one_process("WA faults all"))
     assert {row["took_part"] for row in rows if row["phase"] == "initial"} == {"1"}
     absent = [row for row in rows if row["took_part"] == "0"]
     assert absent and len(absent) < len(rows) / 2

@@ -87,7 +87,7 @@ def test_a_partition_from_a_file_holds_from_the_first_epoch_to_the_last(tmp_path
     assert "mine.csv" in script("main", *main, cwd=tmp_path, check=False).stderr
 
 
-@pytest.mark.parametrize("norm", ["group", "evonorm"])
+@pytest.mark.parametrize("norm", ["evonorm", pytest.param("group", marks=pytest.mark.long)])
 def test_models_without_batch_norm_are_trained_merged_and_mixed(tmp_path, norm):
     data = [*TINY, "--num_models=2", "--batch_size=50"]
     trained = script("train", *data, "--data_dist=classes", "--classes_per_agent=5", f"--norm={norm}", "--epochs=1",
