@@ -21,7 +21,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision import datasets as tv
 
 from data import datasets
@@ -96,6 +95,8 @@ def test_class_balanced_fills_up_when_a_class_runs_out_and_knows_all_of_them():
 
 
 def test_the_digits_are_scikit_learns(monkeypatch):
+    from sklearn.datasets import load_digits  # takes 3 s, in each process that collects tests
+
     bunch = load_digits()
     for _ in range(2):
         images, labels = datasets._sklearn_digits()

@@ -186,7 +186,9 @@ def test_steps_are_their_formulas(problem, name, K, topology):
 # What theory says
 
 
-@pytest.mark.parametrize("name,K", [(name, K) for name in EXACT[:3] for K in (1, 4)] + [("D2", 1), ("RELAYSGD", 1)])
+@pytest.mark.parametrize("name,K", [
+    *((name, 1) for name in (*EXACT[:3], "D2", "RELAYSGD")), *(
+        pytest.param(name, 4, marks=pytest.mark.long) for name in EXACT[:3])])
 @pytest.mark.parametrize("topology", ["ring", *(
     pytest.param(topology, marks=pytest.mark.long) for topology in ("star", "bipartite"))])
 def test_the_exact_methods_find_the_minimiser_with_a_constant_step(problem, name, K, topology):

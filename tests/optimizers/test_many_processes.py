@@ -12,6 +12,8 @@ from optimizers import BASELINES, FlatModel
 from tests.helpers import ROOT
 from tests.optimizers.steps_worker import AGENTS, CASES, LOCAL_STEPS, STEPS, graph_of, model, run_cases
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):

@@ -163,8 +163,8 @@ def test_a_width_that_no_memory_holds_is_said_at_once(tmp_path):
     assert result.returncode == 2 and "GiB, this machine has" in result.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("epochs_before_the_kill", [3, *(pytest.param(k, marks=pytest.mark.long) for k in (1, 6))])
+@pytest.mark.long
+@pytest.mark.parametrize("epochs_before_the_kill", [1, 3, 6])
 def test_a_killed_run_resumes_to_an_equal_one(tmp_path, epochs_before_the_kill):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     reference.mkdir(), killed.mkdir()
