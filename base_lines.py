@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(o, network, device, command)
 
     code = run_script(work, "results", "give the same command with --resume (without --overwrite)", rank())
-    if code:
-        leave(code)
+    leave(code)
     return code
 
 

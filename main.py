@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run_in_group() -> Path:
         device = pick_device(local_device(o["device"]))
-        with connect(o["num_models"], device, o["backend"], o["timeout"]) as network:
+        with connect(o["num_models"], device, o["backend"], o["timeout"],
+                     one_user=workers > 1 or is_sibling()) as network:
             return run(o, network, device, command)
 
     def run_here() -> Path:
@@ -94,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     flag = "" if o["agent"] is not None or o["processes"] else " with --resume"
     code = run_script(run_here, "results", f"give the same command{flag} (without --overwrite)",
                       rank() if o["agent"] is None else int(is_sibling()))
-    if code:
-        leave(code, at_once=workers > 1 or is_sibling())
+    leave(code, at_once=bool(code) and (workers > 1 or is_sibling()))
     return code
 
 

@@ -22,6 +22,7 @@ from merging import METHODS, Merged, Method, merge, outgoing
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
+from merging.divided import Divided
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
 from network.faults import surviving, without
@@ -185,6 +186,12 @@ class MergingAgents(Agents):
         s = self.settings
         return self.trainer.sample(self.train_parts, agent, s.match_samples, iteration, "match", s.match_augment)
 
+    def divides(self, weights: np.ndarray) -> bool:
+        """Whether the processes go through the shared images together: each of them has somebody to match for."""
+        team, merging = self.network.team, np.count_nonzero(weights, axis=1) > 1
+        return bool(team and self.settings.reads_others and self.method.reads_images and not self.method.jointly
+                    and all(merging[block].any() for block in np.array_split(range(self.num_agents), team.size)))
+
     # Merging
 
     def merge(self, iteration: int) -> dict[int, dict[str, Any]]:
@@ -202,6 +209,8 @@ class MergingAgents(Agents):
         images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
         matched: list[dict] = []
         merged_with = dict.fromkeys(self.states, "")
+        if self.divides(weights):
+            shared = Divided(shared, self.network.team)
         try:
             models = self.exchange(iteration, weights, images)
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
@@ -260,7 +269,7 @@ class MergingAgents(Agents):
         def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
             arrived = self.network.share(iteration, {i: self.sent(i, lent[i]) for i in lent if i in lenders},
                                          np.where(np.isin(everybody, lenders), weights, 0), s.wire,
-                                         like=self.like_sent, turn=turn)
+                                         like=self.like_sent, turn=turn, with_team=self.divides(weights))
             if self.correction:
                 arrived = self.correction.without_walks(arrived)
             return self.plausible(iteration, arrived, lent, images) if self.network.may_miss else arrived

@@ -19,6 +19,7 @@ from data.datasets import Dataset
 from experiments.checkpoints import State, check_state, digest, digest_of_all
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
+from merging.files import with_counts
 from network.faults import Faults
 from network.processes import Network
 from network.topology import Topology
@@ -225,10 +226,11 @@ class FirstModels(FromOptions):
         if self.randominit:
             seeds = {i: generator(self.seed, i if self.diffinit else 0, 0, "init").initial_seed() for i in agents}
             return {i: new_model(model, dataset, seed).state_dict() for i, seed in seeds.items()}
-        for i, state in self.loaded.items():
+        loaded = {i: with_counts(state, template) for i, state in self.loaded.items()}
+        for i, state in loaded.items():
             check_state(state, template, str(self.ckp / f"model_{i}.pth"))
         return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()}
-                for i, state in self.loaded.items()}
+                for i, state in loaded.items()}
 
 
 def first_agents(options: Mapping[str, Any], network: Network, device: torch.device, ckp: Path | None,

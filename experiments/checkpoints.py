@@ -14,8 +14,9 @@ from torch import Tensor
 
 from experiments.options import MAIN, SHORT, TRAIN, Settings, names, silent, usual, variant
 from experiments.parsing import as_typed
+from merging.files import load_tensors, state_in
 from network.wire import State
-from storage.files import level, load_tensors, load_yaml
+from storage.files import level, load_yaml
 
 
 def checkpoint_folder(o: Settings) -> Path:
@@ -68,36 +69,23 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
                              "leave the option out or give other checkpoints")
 
 
+KINDS = (".pth", ".pt", ".safetensors")
+
+
 def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[int, State]:
-    """The models of `agents` on the CPU, out of model_0.pth ... of exactly `num_models`.
+    """The models of `agents` on the CPU, out of model_0.pth ... of exactly `num_models`; other KINDS are read as well.
 
     An agent that is here on its own may have a folder with nothing but its own model.
     """
-    found = {file.name for file in folder.glob("model_*.pth")}
-    if len(found) != num_models and found != {f"model_{i}.pth" for i in agents}:
+    found: dict[int, Path] = {}
+    for file in folder.glob("model_*"):
+        if file.suffix in KINDS and (number := re.fullmatch(r"model_(\d+)", file.stem)):
+            if other := found.get(int(number[1])):
+                raise ValueError(f"{folder} holds {other.name} and {file.name}: keep one of them")
+            found[int(number[1])] = file
+    if found.keys() not in (set(range(num_models)), set(agents)):
         raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
-    return {i: plain(load_tensors(folder / f"model_{i}.pth"), folder / f"model_{i}.pth") for i in agents}
-
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
-PREFIXES = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
-
-
-def plain(state: Any, file: Path) -> State:
-    """`state` itself, if it is a state dict as torch.save(model.state_dict()) leaves it. ValueError, that says what to
-    do, for the other ways in which people keep models."""
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{file} is not a state dict but a {type(state).__name__}: torch.save model.state_dict()")
-    for key in WRAPPERS:
-        if isinstance(state.get(key), dict):
-            raise ValueError(f"{file} is not a state dict, but holds one under {key!r}: torch.save that alone")
-    for prefix, source in PREFIXES.items():
-        if state and all(key.startswith(prefix) for key in state):
-            raise ValueError(f"{file}: all its names begin with {prefix!r}, which {source} puts there: torch.save the "
-                             "tensors without it")
-    if odd := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
-        raise ValueError(f"{file} is not a state dict: {odd!r} is of type {type(state[odd]).__name__}, no tensor")
-    return state
+    return {i: state_in(load_tensors(found[i]), found[i]) for i in agents}
 
 
 def digest(state: State) -> str:
@@ -117,10 +105,7 @@ def check_state(state: State, template: State, name: str) -> None:
     """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{name} is not a state dict")
-    missing = sorted(template.keys() ^ state.keys())
-    if missing and all(key.endswith("num_batches_tracked") and key in template for key in missing):
-        raise ValueError(f"{name} lacks {missing[0]} ({len(missing)} such keys): add them as torch.tensor(0)")
-    if missing:
+    if missing := sorted(template.keys() ^ state.keys()):
         raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
                          f"({len(missing)} such keys)")
     for key, expected in template.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from merging.assignment import assign
 from merging.averaging import State, wide_dtype
 from merging.batch_norm import Batches, device_of, images_of
+from merging.divided import Divided, Team
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, invert
 from merging.progress import say
 
@@ -153,6 +154,24 @@ class Correlation:
                 _accumulate(totals, key, value)
         self.rows += rows
 
+    def add_up(self, team: Team) -> None:
+        """Adds what the other processes of a team have of their images."""
+        own = torch.stack([shift.cpu().double() for shift in self.shift.values()])
+        shifts = team.first(own)  # sums of x - s become sums of x - s' = (x - s) + d
+        d = dict(zip(self.shift, (own - shifts).to(next(iter(self.sums.values())).device), strict=True))
+        before = {agent: total.clone() for agent, total in self.sums.items()}
+        for agent in self.shift:
+            self.squares[agent] += d[agent] * (2 * before[agent] + self.rows * d[agent])
+            self.sums[agent] += self.rows * d[agent]
+        for i, j in self.edges:
+            self.products[i, j] += torch.outer(d[i], before[j]) + torch.outer(self.sums[i], d[j])
+        self.shift = dict(zip(self.shift, shifts, strict=True))
+        totals = [*self.sums.values(), *self.squares.values(), *self.products.values()]
+        summed = team.total(torch.cat([*(total.flatten() for total in totals), totals[0].new_tensor([self.rows])]))
+        for total, new in zip(totals, summed.split([*(total.numel() for total in totals), 1]), strict=False):
+            total.copy_(new.view_as(total))
+        self.rows = int(summed[-1])
+
     def between(self, i: int, j: int) -> Tensor:
         """Correlations of model i's units (rows) with j's (columns), 0 for dead units; (i, j) is one of the edges."""
         covariance = self.products[i, j] / self.rows - torch.outer(self.sums[i], self.sums[j]) / self.rows**2
@@ -216,7 +235,8 @@ def similarities(
         spec: the permutation groups of `model`.
         states: one state dict per model.
         edges: pairs (i, j) of models; (i, j) and (j, i) are the same edge, which comes once, as i < j.
-        batches: images (B, ...), or tuples that start with them; read once per block of edges.
+        batches: images (B, ...), or tuples that start with them; read once per block of edges. `Divided`: this process
+            reads its part, for the edges of all processes.
         comparison: where features are read, and in how much memory.
         names: what errors call the models (None: their numbers).
 
@@ -227,22 +247,27 @@ def similarities(
     Raises:
         ValueError: there are no images, or activations are not finite (the models and the group are named).
     """
-    edges = sorted({(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]})
+    own = {(min(edge), max(edge)) for edge in edges if edge[0] != edge[1]}
+    divided = batches if isinstance(batches, Divided) else None
+    edges = divided.all_of(own) if divided else sorted(own)
     if not edges:
         return
     device = device_of(states[edges[0][0]])
+    images = images_of(batches, device, "matching")
+    first = next(images)
+    images = itertools.chain([first], images)
+    if divided and len(first) < divided.team.size:  # everybody has to have seen some
+        edges, divided = sorted(own), None
     reader = FeatureReader(model, spec, comparison.at, device)
     blocks_of_units = set(spec.blocks.values())
-    blocks, images = [(edges, None)], images_of(batches, device, "matching")
-    if comparison.memory is not None:
-        first = next(images)
-        images = itertools.chain([first], images)
+    blocks = [(edges, None)] if edges else []
+    if edges and comparison.memory is not None:
         per_image = _bytes_per_image(reader(states[edges[0][0]], first[:2])) // len(first[:2])
         per_edge = _bytes_per_edge(spec, comparison.at, torch.get_num_threads() if device.type == "cpu" else 1)
         blocks = _plan(edges, int(min(max(comparison.memory, 0), 2**62)), per_edge, per_image, min(AT_ONCE, len(first)))
     for block, length in blocks:
-        of_groups, count = _correlations(reader, states, block, images, length)
-        for i, j in block:
+        of_groups, count = _correlations(reader, states, block, images, length, divided)
+        for i, j in (edge for edge in block if edge in own):
             pair = f"{names[i]} and {names[j]}" if names else f"{i} and {j}"
             yield (i, j), {group: _similarity(reads, i, j, group, pair) if reads else torch.eye(spec.sizes[group])
                            for group, reads in of_groups.items() if reads or group not in blocks_of_units}, count
@@ -316,15 +341,16 @@ def _blocks(edges: list[Edge], memory: int, per_edge: int = 1, per_agent: int = 
 
 @torch.no_grad()
 def _correlations(
-    reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Iterable[Tensor], length: int | None
+    reader: FeatureReader, states: Sequence[State], edges: list[Edge], batches: Iterable[Tensor], length: int | None,
+    divided: Divided | None
 ) -> tuple[dict[str, list[Correlation]], int]:
     """One pass over the images, at most `length` at once: group -> one correlation per place where its features are
-    read; how many images they were."""
+    read; how many images they were. divided: each process reads a part of every batch that has enough for all."""
     agents = sorted({agent for edge in edges for agent in edge})
     correlations: dict[str, list[Correlation]] = {}
     images = 0
     with _side_by_side(device_of(states[agents[0]])) as run_all:
-        for x in (part for batch in batches for part in batch.tensor_split(-(-len(batch) // (length or len(batch))))):
+        for x in _in_parts(batches, length, divided):
             images += len(x)
             features = {agent: reader(states[agent], x) for agent in agents}
             updates = []
@@ -338,7 +364,19 @@ def _correlations(
                 ]
             run_all(updates)
             del features, updates  # before those of the next batch are there
+    if divided:
+        images = int(divided.team.total(torch.tensor([images], dtype=torch.float64)))
+        for correlation in itertools.chain.from_iterable(correlations.values()):
+            correlation.add_up(divided.team)
     return correlations, images
+
+
+def _in_parts(batches: Iterable[Tensor], length: int | None, divided: Divided | None) -> Iterator[Tensor]:
+    """Of every batch what this process reads, at most `length` images at once."""
+    for batch in batches:
+        mine = divided.part(batch) if divided else batch
+        if len(mine):
+            yield from mine.tensor_split(-(-len(mine) // (length or len(mine))))
 
 
 @contextlib.contextmanager

@@ -196,7 +196,7 @@ class SharedFolder(Network):
         return begin
 
     def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
-              turn: int = 0) -> dict[int, State]:
+              turn: int = 0, with_team: bool = False) -> dict[int, State]:
         takes = taken(mixing)
         state = models.get(self.agent)
         if readers := np.flatnonzero(takes[:, self.agent]).tolist():

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from merging.divided import Team
 from network.wire import State, pack, through, unpack, wire_bytes
 
 BACKENDS = ("auto", "gloo", "nccl")
@@ -66,6 +67,7 @@ class Network:
     agents: tuple[int, ...]
     is_writer = True  # the one process that writes the run folder
     recorded: tuple[int, ...]  # the agents in that run folder
+    team: Team | None = None  # the processes of this run, where they may have all of its models
     may_miss = False  # whether an agent may have to do without another's model, or with an old one
 
     def __init__(self) -> None:
@@ -80,12 +82,13 @@ class Network:
         raise NotImplementedError
 
     def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
-              turn: int = 0) -> dict[int, State]:
+              turn: int = 0, with_team: bool = False) -> dict[int, State]:
         """Agent -> model: all that the agents here take by `mixing` (N, N), entry i, j what i takes of j's, theirs too.
 
         models: of the agents here that somebody takes; like: a state dict of the same architecture; wire: a name in
         `network.wire.WIRES`. What comes back has been through it, so that everybody merges the same; nothing in it may
         be written to. turn: after how many others' turns these models are sent, who may each keep them waiting.
+        with_team: all processes of the team get what anybody takes. It is on one machine and counts as nothing sent.
         """
         raise NotImplementedError
 
@@ -134,7 +137,7 @@ class OneProcess(Network):
         super().__init__()
 
     def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
-              turn: int = 0) -> dict[int, State]:
+              turn: int = 0, with_team: bool = False) -> dict[int, State]:
         self._count_models(taken(mixing), wire_bytes(like, wire))
         return {j: through(state, wire) for j, state in models.items()}
 
@@ -175,7 +178,7 @@ class ManyProcesses(Network):
     Over gloo, vectors of a GPU travel through pinned memory; over nccl, which needs a GPU for each rank, directly.
     """
 
-    def __init__(self, num_agents: int, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, num_agents: int, device: torch.device, timeout: timedelta, one_user: bool = False) -> None:
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.recorded = tuple(range(num_agents))
         self.home = homes(num_agents, world)
@@ -186,6 +189,7 @@ class ManyProcesses(Network):
         # Figures and models for the run folder are Python objects: they go over gloo whatever carries the steps.
         self.control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo",
                                                                                            timeout=timeout)
+        self.team = _Team(self) if one_user else None
         super().__init__()
 
     def exchange(self, mails: Mapping[int, Mail]) -> dict[int, Arriving]:
@@ -199,9 +203,11 @@ class ManyProcesses(Network):
         return {self.rank: _OnItsWay(self, arrivals, works, list(staged.values()))}
 
     def share(self, iteration: int, models: Mapping[int, State], mixing: np.ndarray, wire: str, like: State,
-              turn: int = 0) -> dict[int, State]:
+              turn: int = 0, with_team: bool = False) -> dict[int, State]:
         takes, size = taken(mixing), wire_bytes(like, wire)
         self._count_models(takes, size)
+        if with_team:
+            takes = np.repeat(takes.any(0)[None], len(takes), 0)
         readers = {j: sorted({self.home[i] for i in np.flatnonzero(takes[:, j]).tolist()} - {self.home[j]})
                    for j in self.recorded}
         packed = {j: pack(models[j], wire) for j in self.agents if readers[j]}
@@ -296,6 +302,31 @@ class ManyProcesses(Network):
         if reason := next(filter(None, failures), None):
             raise Refused(reason)
         return result
+
+
+class _Team:
+    """All processes of a group, as a `merging.divided.Team`: what they add up goes over gloo."""
+
+    def __init__(self, network: ManyProcesses) -> None:
+        self.network, self.place, self.size = network, network.rank, dist.get_world_size()
+
+    def everybody(self, thing: Any) -> list[Any]:
+        things = [None] * self.size
+        with self.network._everybody():
+            dist.all_gather_object(things, thing, group=self.network.control)
+        return things
+
+    def first(self, tensor: Tensor) -> Tensor:
+        found = tensor.cpu().clone()
+        with self.network._everybody():
+            dist.broadcast(found, src=0, group=self.network.control)
+        return found.to(tensor.device)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        found = tensor.cpu().clone()
+        with self.network._everybody():
+            dist.all_reduce(found, group=self.network.control)
+        return found.to(tensor.device)
 
 
 @dataclass(frozen=True)
@@ -409,9 +440,10 @@ def pick_backend(name: str, gpus: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
-            one_each: bool = False) -> Iterator[Network]:
-    """All agents in this process or, under a launcher, those of this rank; `timeout` in seconds.
+def connect(num_agents: int, device: torch.device, backend: str, timeout: float, one_each: bool = False,
+            one_user: bool = False) -> Iterator[Network]:
+    """All agents in this process or, under a launcher, those of this rank; `timeout` in seconds. one_user: whoever
+    started the processes may have every agent's model in each of them.
 
     Raises ValueError when there are more processes than agents (with `one_each`: not as many), or they can't find each
     other.
@@ -428,7 +460,7 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
                          f"(--nproc_per_node={num_agents}), or {'none' if one_each else 'fewer'}")
     file = _meeting_file()
     try:
-        network = _join(num_agents, file, device, backend, limit, world)
+        network = _join(num_agents, file, device, backend, limit, world, one_user)
         yield network
         dist.destroy_process_group()
     finally:
@@ -437,7 +469,7 @@ def connect(num_agents: int, device: torch.device, backend: str, timeout: float,
 
 
 def _join(num_agents: int, file: Path | None, device: torch.device, backend: str, limit: timedelta,
-          world: int) -> ManyProcesses:
+          world: int, one_user: bool) -> ManyProcesses:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     place = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -445,7 +477,7 @@ def _join(num_agents: int, file: Path | None, device: torch.device, backend: str
         store, gpus = _meet(file, place, _gpu(device), homes(num_agents, world), max(limit.total_seconds(), STARTING))
         chosen = pick_backend(backend, gpus)
         dist.init_process_group(chosen, store=store, rank=rank(), world_size=world, timeout=limit)
-        network = ManyProcesses(num_agents, device, limit)
+        network = ManyProcesses(num_agents, device, limit, one_user)
         if chosen == "nccl":
             dist.barrier(device_ids=[device.index])  # nccl wants all ranks in a group's first call
         dist.barrier(group=network.control)
@@ -548,7 +580,11 @@ def _start_time(process: int) -> str:
 
 
 def leave(code: int, at_once: bool = False) -> None:
-    """End a launched process (`at_once`: any) without waiting for messages that will never come; else just return."""
+    """End a launched process (`at_once`: any) here and now; else just return.
+
+    It would wait for messages that will never come, and torch's threads, when they are taken down at the end of a
+    process that has done its work, may abort it.
+    """
     if is_launched() or at_once:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,13 +6,9 @@ import contextlib
 import csv
 import io
 import os
-import re
 import reprlib
 import secrets
 import shutil
-import stat
-import warnings
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,9 +18,10 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from merging.files import load_tensors, open_regular
+
 SCHEMA = 1  # of the states to continue from; those of before there was a number count as 0
 MOST_TEXT = 1 << 28  # bytes of a text file; the metrics of a thousand agents over a hundred merges take 20 MB
-MOST_EXPANDED = 1 << 20  # bytes of a tensor that has fewer on the disk, as an expanded one
 
 
 def level(text: object) -> str:
@@ -114,19 +111,6 @@ def save_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 # Reading: whatever is in a file, the outcome is what it should be or a ValueError that names the file
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """`path`, opened for reading. ValueError for what is no file: a FIFO would keep its reader waiting for ever."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file")
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb", opener=lambda name, flags: os.open(
-            name, flags | getattr(os, "O_NONBLOCK", 0))))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is not a regular file")
-        stack.pop_all()
-        return file
-
-
 def read_text(path: Path) -> str:
     """The text in a UTF-8 file, with or without a byte order mark, whatever its line ends."""
     with open_regular(path) as file:
@@ -172,31 +156,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
-    """torch.load without running code from the file. Raises ValueError that names an unreadable or damaged file.
-
-    mmap: leave tensors on the disk until they are looked at; what is damaged in them isn't noticed then.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    with open_regular(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about what the checks below refuse
-        try:
-            zipped = zipfile.is_zipfile(file)
-            if zipped:
-                _check_records(file, all_of_them=not mmap)
-            file.seek(0)
-            content = torch.load(path if mmap else file, map_location=device, weights_only=True, mmap=mmap and zipped)
-        except Exception as error:  # torch raises half a dozen types for a broken file
-            raise ValueError(f"{path} can't be read as a checkpoint: {_reason(file, error)}") from error
-    for tensor in _tensors_in(content):
-        if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
-            raise ValueError(f"{path} holds a sparse, quantised or meta tensor: save plain ones")
-        if tensor.numel() * tensor.itemsize > max(tensor.untyped_storage().nbytes(), MOST_EXPANDED):
-            raise ValueError(f"{path} holds a tensor of {tuple(tensor.shape)} with next to nothing in it")
-    return content
-
-
 def load_state(path: Path, structure: Any, mmap: bool = False) -> dict[str, Any]:
     """What `save_state` wrote. Raises ValueError for another structure (see `mismatch`), or a newer schema."""
     content = load_tensors(path, mmap=mmap)
@@ -206,52 +165,6 @@ def load_state(path: Path, structure: Any, mmap: bool = False) -> dict[str, Any]
     if wrong := mismatch(content, {"schema?": int} | structure):
         raise ValueError(f"{path} is not a state of this program: {wrong}")
     return content
-
-
-def _check_records(file: BinaryIO, all_of_them: bool) -> None:
-    """Raise zipfile.BadZipFile unless the records in a torch file are those that were written.
-
-    torch writes a checksum of each and doesn't look at it when it loads: a flipped bit would go unnoticed.
-    """
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise zipfile.BadZipFile("it is compressed, which torch's files are not")
-        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
-            raise zipfile.BadZipFile("it claims to hold more than it does")
-        for record in records:
-            if all_of_them or "/data/" not in record.filename:  # the others hold the tensors' entries
-                with archive.open(record) as content:
-                    while content.read(1 << 20):
-                        pass
-
-
-def _reason(file: BinaryIO, error: Exception) -> str:
-    """Why a file can't be loaded, in a sentence: torch's own are about its reader and go on for a page."""
-    file.seek(0)
-    first = file.read(1024)
-    if not first:
-        return "it is empty"
-    if first.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer instead of the file itself: fetch that by `git lfs pull`"
-    if first[8:10] == b'{"':
-        return "it is a safetensors file: load that with safetensors.torch and torch.save its tensors"
-    if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-        return (f"it holds {found[1]} objects, not tensors alone, and to load these could run any code: "
-                "torch.save the model's state_dict() instead")
-    details = f" ({error})" if isinstance(error, zipfile.BadZipFile) else ""
-    return f"it is damaged, cut off or of another kind{details}"
-
-
-def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors_in(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _tensors_in(value)
 
 
 def mismatch(content: Any, structure: Any, where: str = "it") -> str | None:

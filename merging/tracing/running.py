@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from merging.tracing.watch import UnsupportedOperation
 
 _EXTRA_STATE = "_extra_state"
+PREFIXES = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names of what is within
 
 
 class DoesNotRun(ValueError):
@@ -131,7 +132,7 @@ def prefix_of(state: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """What such wrappers put before the `expected` names of a state dict's entries."""
     first, prefix = next(iter(state), ""), ""
     while state.keys() != {prefix + name for name in expected}:
-        more = next((wrapper for wrapper in ("module.", "_orig_mod.") if first.startswith(prefix + wrapper)), None)
+        more = next((wrapper for wrapper in PREFIXES if first.startswith(prefix + wrapper)), None)
         if more is None:
             return ""
         prefix += more

@@ -1,10 +1,13 @@
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
 from experiments.checkpoints import check_state, checkpoint_folder, describe, digest, digest_of_all, load_states
 from experiments.options import train_parser
+from merging.files import with_counts
 from storage.files import save_tensors
+from tests.helpers import equal
 
 OPTIONS = {"dataset": "cifar10", "model": "tv:resnet18", "num_models": 5, "data_dist": "dirichlet", "epochs": 7,
            "seed": 3, "init_seed": True, "phase": "pretrain", "width_multiplier": 2, "alpha": 0.1, "train_samples": 200}
@@ -40,22 +43,52 @@ def test_a_config_that_lies_is_named(tmp_path, key, value):
 WEIGHT = {"conv1.weight": torch.zeros(3), "bn1.num_batches_tracked": torch.tensor(0)}
 
 
+def prefixed(prefix, state=WEIGHT):
+    return {prefix + key: value for key, value in state.items()}
+
+
 @pytest.mark.parametrize("content,said", [
-    ({"epoch": 3, "state_dict": WEIGHT}, "holds one under 'state_dict'"), ([WEIGHT], "not a state dict but a list"),
-    (WEIGHT | {"conv1.weight": "text"}, "'conv1.weight' is of type str"),
-    (WEIGHT | {"epoch": 3}, "'epoch' is of type int"),
-    ({f"module.{key}": value for key, value in WEIGHT.items()}, "DataParallel"),
-    ({f"_orig_mod.{key}": value for key, value in WEIGHT.items()}, "torch.compile"),
+    ([WEIGHT], "not a state dict but a list"), (WEIGHT | {"conv1.weight": "text"}, "'conv1.weight' is of type str"),
+    (WEIGHT | {"epoch": 3}, "'epoch' is of type int"), ({"state_dict": [WEIGHT]}, "'state_dict' is of type list"),
 ])
-def test_models_as_people_keep_them_are_told_apart(tmp_path, content, said):
+def test_what_is_no_model_is_named(tmp_path, content, said):
     save_tensors(tmp_path / "model_0.pth", content)
     with pytest.raises(ValueError, match=rf"model_0\.pth.*{said}"):
         load_states(tmp_path, 1, [0])
 
 
-def test_a_model_without_counts_of_batches_is_told_apart():
-    with pytest.raises(ValueError, match=r"file lacks bn1\.num_batches_tracked"):
-        check_state({"conv1.weight": torch.zeros(3)}, WEIGHT, "file")
+@pytest.mark.parametrize("name", ["model_0.pth", "model_0.pt"])
+@pytest.mark.parametrize("content", [
+    WEIGHT, {"epoch": 3, "state_dict": WEIGHT}, {"model": WEIGHT, "optimizer": {"state": {}}},
+    prefixed("module."), prefixed("_orig_mod."), {"net": prefixed("module._orig_mod.")},
+    {"model": {"state_dict": prefixed("_orig_mod.module.")}}])
+def test_models_are_read_as_people_keep_them(tmp_path, name, content):
+    save_tensors(tmp_path / name, content)
+    equal(load_states(tmp_path, 1, [0])[0], WEIGHT)
+
+
+def test_models_in_safetensors_are_read(tmp_path):
+    safetensors.torch.save_file(prefixed("module."), tmp_path / "model_0.safetensors")
+    read = load_states(tmp_path, 1, [0])[0]
+    equal({key: read[key] for key in WEIGHT}, WEIGHT)
+    whole = (tmp_path / "model_0.safetensors").read_bytes()
+    for cut in (9, 40, len(whole) - 1):
+        (tmp_path / "model_0.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"model_0\.safetensors can't be read"):
+            load_states(tmp_path, 1, [0])
+    save_tensors(tmp_path / "model_0.pth", WEIGHT)
+    with pytest.raises(ValueError, match="keep one of them"):
+        load_states(tmp_path, 1, [0])
+
+
+def test_counts_of_batches_that_are_missing_are_0():
+    counted = {"conv1.weight": torch.ones(3), "bn1.num_batches_tracked": torch.tensor(7)}
+    filled = with_counts({"conv1.weight": torch.ones(3)}, counted)
+    equal(filled, counted | {"bn1.num_batches_tracked": torch.tensor(0)})
+    assert list(filled) == list(counted) and with_counts(counted, counted) is counted
+    for other in ({}, {"conv1.weight": torch.ones(3), "conv2.weight": torch.ones(3)}):
+        with pytest.raises(ValueError, match="file is of another architecture"):
+            check_state(with_counts(other, counted), counted, "file")
 
 
 def test_data_sets_in_one_layout_have_folders_of_their_own(tmp_path):

@@ -53,7 +53,7 @@ def test_merging_is_all_that_is_installed(installed):
     assert {name for name in names if not name.endswith(".dist-info")} == {"merging"}
     (metadata,) = installed.glob("*.dist-info/METADATA")
     needed = [line.split(": ")[1] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist: ")]
-    assert [line for line in needed if "extra" not in line] == ["torch>=2.4", "numpy", "scipy", "tqdm"]
+    assert [line for line in needed if "extra" not in line] == ["torch>=2.4", "numpy", "scipy", "tqdm", "safetensors"]
 
 
 def test_it_works_without_the_house(installed, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from network.processes import connect
+from network.processes import connect, leave
 from network.topology import DIRECTED, make_topology
 from optimizers import BASELINES, LOCAL, Agent, FlatModel, Settings, neighbourhood, take_step
 
@@ -91,3 +91,4 @@ if __name__ == "__main__":
         results = run_cases(network, lambda: Counter(watch()))
         torch.save(results, Path(sys.argv[-1]) / f"agent_{network.agents[0]}.pt")
     assert os.environ["MASTER_PORT"] == "0"
+    leave(0)

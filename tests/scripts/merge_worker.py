@@ -17,7 +17,7 @@ import main
 from data.partition import make_partition
 from experiments import dealing
 from experiments.options import main_parser
-from network.processes import connect, rank
+from network.processes import connect, leave, rank
 
 AGENTS = 4
 CASES = {
@@ -98,3 +98,4 @@ if __name__ == "__main__":
             main.run(o, network, torch.device("cpu"), "merge_worker")
             done[case] = dict(seen - before)
         torch.save({"agents": network.agents, "sent": done}, folder / f"process_{rank()}.pt")
+    leave(0)

@@ -238,11 +238,16 @@ def test_a_launched_group_has_an_agent_for_each_process_unless_it_is_told(monkey
 
 
 @pytest.mark.slow
-def test_workers_give_one_processs_figures(uninterrupted, tmp_path):
-    running = process("main", *RUN, "--workers=2", cwd=tmp_path)
+def test_workers_give_one_processs_figures(checkpoints, tmp_path):
+    """They go through the matching images together."""
+    command = ["--num_models=4", f"--ckp={checkpoints}", "--exp=2", "--merg_itr=2", "--training", "--epochs=1",
+               "--match_samples=100"]
+    (home := tmp_path / "alone").mkdir()
+    alone = folder_of(script("main", *command, cwd=home), home)
+    running = process("main", *command, "--workers=2", cwd=tmp_path)
     printed, _ = running.communicate(timeout=120)
     assert running.returncode == 0
-    equal_runs(uninterrupted, folder_of(printed, tmp_path))
+    equal_runs(alone, folder_of(printed, tmp_path))
 
 
 @linux

@@ -127,7 +127,7 @@ def quantised(scale):
 
 @pytest.mark.parametrize("write,word", [
     (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
-    (lambda file: file.write_bytes(b"\x40\0\0\0\0\0\0\0" + b'{"weight": {}}'), "safetensors"),
+    (lambda file: file.write_bytes(b"\x40\0\0\0\0\0\0\0" + b'{"weight": {}}'), "damaged"),
     (lambda file: file.write_text("hello"), "another kind"),
     (lambda file: torch.save(nn.Linear(2, 2), file), "Linear objects.*state_dict"),
     (lambda file: torch.save({"weight": torch.zeros(1).expand(10**13)}, file), "next to nothing"),

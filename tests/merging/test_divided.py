@@ -1,0 +1,116 @@
+"""Several processes that go through the matching images together: here each is a thread."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from merging.activation_matching import Comparison, match_activations, similarities
+from merging.divided import Divided
+from merging.permutation import derive_spec
+
+EDGES = [(0, 1), (1, 2), (2, 3), (3, 0)]
+
+
+class Threads:
+    """What a team of threads has in common."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.desk = size, threading.Barrier(size), [None] * size
+
+
+class Member:
+    def __init__(self, threads, place):
+        self.threads, self.place, self.size = threads, place, threads.size
+
+    def everybody(self, thing):
+        self.threads.desk[self.place] = thing
+        self.threads.barrier.wait(30)
+        things = list(self.threads.desk)
+        self.threads.barrier.wait(30)
+        return things
+
+    def first(self, tensor):
+        return self.everybody(tensor)[0].clone()
+
+    def total(self, tensor):
+        return sum(self.everybody(tensor))
+
+
+def together(size, work):
+    """What `work(member)` gives in each of `size` threads."""
+    threads, results, failures = Threads(size), [None] * size, []
+
+    def run(place):
+        try:
+            results[place] = work(Member(threads, place))
+        except BaseException as failure:
+            failures.append(failure)
+            threads.barrier.abort()
+
+    running = [threading.Thread(target=run, args=(place,)) for place in range(size)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return results
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    models = [network(seed) for seed in range(4)]
+    # Means far from 0, and other ones in every batch: what each thread sees first is not what others do.
+    batches = [torch.randn(size, 1, 8, 8, dtype=torch.float64) + 5 * k for k, size in enumerate((9, 9, 7, 1))]
+    return derive_spec(models[0], batches[0]), models[0], [model.state_dict() for model in models], batches
+
+
+@pytest.mark.parametrize("memory", [None, 2**20, 5_000])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_team_finds_what_one_finds(problem, size, memory):
+    *models, batches = problem
+    whole = {edge: (similarity, images) for edge, similarity, images in
+             similarities(*models, EDGES, batches, Comparison(memory=memory))}
+    found = together(size, lambda member: {edge: (similarity, images) for edge, similarity, images in similarities(
+        *models, EDGES[member.place::size], Divided(batches, member), Comparison(memory=memory))})
+    for place, mine in enumerate(found):
+        assert set(mine) == {(min(edge), max(edge)) for edge in EDGES[place::size]}
+        for edge, (similarity, images) in mine.items():
+            assert images == whole[edge][1] == 26
+            for group, expected in whole[edge][0].items():
+                torch.testing.assert_close(similarity[group], expected, rtol=0, atol=1e-11)
+                assert (similarity[group] - similarity[group].mean()).abs().max() > 0.1
+
+
+def test_each_reads_a_part_of_the_images(problem):
+    *models, batches = problem
+    read = [[], []]
+
+    class Noted(Divided):
+        def part(self, images):
+            read[self.team.place].append(super().part(images))
+            return read[self.team.place][-1]
+
+    whole = match_activations(*models, EDGES[:1], batches)
+    for mine in together(2, lambda member: match_activations(*models, EDGES[:1], Noted(batches, member))):
+        assert all(torch.equal(mine[0, 1].permutations[g], p) for g, p in whole[0, 1].permutations.items())
+    for mine, others, batch in zip(*read, batches, strict=True):
+        assert torch.equal(torch.cat([mine, others]), batch) and abs(len(mine) - len(others)) <= 1
+
+
+def test_too_few_images_for_all_are_read_by_all(problem):
+    spec, model, states, _ = problem
+    batches = [torch.randn(2, 1, 8, 8, dtype=torch.float64)] * 3
+    whole = match_activations(spec, model, states, EDGES[:2], batches)
+    for mine in together(3, lambda member: match_activations(spec, model, states, EDGES[:member.place],
+                                                             Divided(batches, member))):
+        for edge, pairing in mine.items():
+            assert pairing.correlations == whole[edge].correlations
