@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data import elsewhere
 from storage.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.progress import progress
 from utils.seeds import generator
@@ -102,21 +103,27 @@ def load_dataset(
     train_samples: int = 0,
     holdout: int = 0,
     test_samples: int = 0,
+    image_size: int = 0,
     download: bool = True,
 ) -> Dataset:
-    """Load a data set by its name in `DATASETS`.
+    """Load a data set by its name in `DATASETS`, or one of `data.elsewhere`: folder:PATH, tv:NAME, FILE.npz.
 
     imgntdir: the folder of a data set in Tiny ImageNet's layout (default `<data_dir>/tiny-imagenet-200`).
     train_samples: take only that many training images, the first of every class (0: all of them); a smaller slice is
     part of a larger one. holdout: that many training images, the last of every class, are kept from training and take
     the test set's place: what is chosen on them has not seen the test set. test_samples: like train_samples, for the
-    test images. download: whether a data set that is absent may be downloaded.
+    test images. image_size: what images of a folder or of tv: are scaled and cropped to, 0 where they are of one
+    size and square. download: whether a data set that is absent may be downloaded.
     Raises ValueError for an unknown name or a negative count, FileNotFoundError that says where to put what when the
     data is not to be had.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(sorted(DATASETS))}")
-    dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
+    check_name(name)
+    if image_size and not name.startswith((elsewhere.FOLDER, elsewhere.TV)):
+        raise ValueError(f"--image_size {image_size} is for folder: and tv: data sets: {name} has the size that it has")
+    if name in DATASETS:
+        dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
+    else:
+        dataset = _from_elsewhere(name, Path(data_dir), download, image_size)
     if holdout:
         dataset = _hold_out(dataset, holdout)
     for part, n in (("train", train_samples), ("test", test_samples)):
@@ -124,6 +131,39 @@ def load_dataset(
             images = getattr(dataset, part)
             dataset = replace(dataset, **{part: _take(images, class_balanced(images.labels.numpy(), n))})
     return dataset
+
+
+def check_name(name: str) -> str:
+    """The name itself. Raises ValueError where it is none that `load_dataset` knows."""
+    if name not in DATASETS and not elsewhere.is_elsewhere(name):
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(sorted(DATASETS))}, or give "
+                         f"{elsewhere.KINDS}")
+    return name
+
+
+def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dataset:
+    """Pixels are normalised by the training images' mean and deviation (of 10,000 at most, evenly spread). Crops move
+    by an eighth of a side. Mirrored are the images of folders: what else may be read from left to right."""
+    own, files, decode = elsewhere.source(name, data_dir, download, size)
+    arrays = cached(data_dir / ".cache", own, files, decode)
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3] or images.shape[2] < 2:
+            raise ValueError(f"{name}: {part} has images of shape {images.shape[1:]}, which should be square, with 1 "
+                             "or 3 channels first or last")
+        if images.shape[1:] != arrays["train_images"].shape[1:] or labels.min() < 0:
+            raise ValueError(f"{name}: {part} has images of shape {images.shape[1:]}, train "
+                             f"{arrays['train_images'].shape[1:]}, and classes from {labels.min()}: they begin with 0")
+    parts, classes = _image_sets(arrays), int(max(arrays[f"{part}_labels"].max() for part in ("train", "test"))) + 1
+    if classes > MOST_CLASSES:
+        raise ValueError(f"{name}: its classes go up to {classes - 1}; at most {MOST_CLASSES} are known to make sense")
+    some = parts["train"].images[:: max(1, len(parts["train"]) // 10_000)].float() / 255
+    mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp(min=1 / 255)
+    return Dataset(name, **parts, num_classes=classes, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
+                   flip=name.startswith(elsewhere.FOLDER), padding=parts["train"].images.shape[-1] // 8)
+
+
+MOST_CLASSES = 100_000
 
 
 def _hold_out(dataset: Dataset, n: int) -> Dataset:

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.datasets import DATASETS
 from experiments.options import MAIN, SHORT, TRAIN, Settings, names, silent, usual, variant
 from experiments.parsing import as_typed
 from merging.files import load_tensors, state_in
 from network.wire import State
-from storage.files import level, load_yaml
+from storage.files import as_level, level, load_yaml
 
 
 def checkpoint_folder(o: Settings) -> Path:
     """The documented path of train.py's checkpoints for its options `o`."""
     init = "same" if o["init_seed"] else "diff"
     unusual = variant(o | dict.fromkeys(silent(o)), TRAIN)
-    parts = [o["dataset"], o["model"].replace(":", "_"), f"{init}_initialization", f"models_no{o['num_models']}",
+    parts = [as_level(o["dataset"]), as_level(o["model"]), f"{init}_initialization", f"models_no{o['num_models']}",
              f"data_dist_{o['data_dist']}", f"num_epochs_{o['epochs']}", unusual, f"random_seed_{o['seed']}"]
     return Path(o["save_folder"]).joinpath(*map(level, filter(None, parts)))
 
@@ -46,6 +47,8 @@ def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
         said = found.groupdict() | {"init_seed": found["init_seed"] == "same"}
         known, long = usual(MAIN), {short: key for key, short in SHORT.items()}
         settings = (setting.partition("=") for setting in (said.pop("unusual") or "").split(","))
+        if said["dataset"] not in DATASETS:  # a folder's or a file's name, of which a level of a path doesn't tell all
+            del said["dataset"]
         said |= {long.get(key, key): value for key, _, value in settings if long.get(key, key) in known}
     config = folder / "config.yaml"
     return as_typed(parser, said, f"the path {folder}") | as_typed(parser, load_yaml(config), str(config))
@@ -58,7 +61,7 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
     """
     for key in ("dataset", "model"):
         theirs, ours = made_with.get(key), options[key]
-        if theirs is not None and theirs.replace(":", "_") != ours.replace(":", "_"):
+        if theirs is not None and as_level(theirs) != as_level(ours):
             raise ValueError(f"--{key} {ours} contradicts {source}, which was made with {key}={theirs}")
     for key in names(lambda option: option.inherited):
         theirs = made_with.get(key)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.datasets import DATASETS
+from data.datasets import DATASETS, check_name
 from data.partition import PARTITIONS, asks_for
 from experiments.parsing import boolean, exchange, number, parser, path
 from models import MODELS, NORMS
@@ -186,6 +186,13 @@ def corrections() -> list[str]:
     return ["none", *CORRECTIONS]
 
 
+def data_set(text: str) -> str:
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def cga_forms() -> list[str]:
     from optimizers.cga import CGA_FORMS
 
@@ -207,7 +214,8 @@ WAITS = {MAIN: "how long to wait for a neighbour, whose local epochs may take so
 OPTIONS = (
     Option("width_multiplier", "model", "width of resnet20 and vgg16; 8 is the paper's", number(int, 1, 10**6),
            metavar="W", usual=8, inherited=True, otherwise="8", handed_on=True, short="width"),
-    Option("dataset", "data", "data set", OneOf(lambda: sorted(DATASETS)), "digits", flags=("data",), handed_on=True,
+    Option("dataset", "data", f"{', '.join(DATASETS)}, folder:PATH of images by classes, FILE.npz, or tv:NAME of "
+           "torchvision's classification sets", data_set, "digits", metavar="NAME", flags=("data",), handed_on=True,
            read="always", elsewhere=True),
     Option("num_models", "data", {TRAIN: "number of agents"} | dict.fromkeys(
         RUNS, "number of agents; in a group that torchrun launches, as many as processes"),
@@ -218,6 +226,8 @@ OPTIONS = (
            inherited=True, otherwise="0", handed_on=True),
     Option("test_samples", "data", "evaluate on a class-balanced slice of the test images only; 0 = all", COUNT, 0,
            usual=0, handed_on=True),
+    Option("image_size", "data", "scale and crop the images of folder: and tv: to N x N; 0 = they are square and alike",
+           COUNT, metavar="N", usual=0, inherited=True, otherwise="0", handed_on=True, rare=True),
     Option("holdout", "data", "keep N training images from training and evaluate on them instead of the test set, to "
            "choose settings by", COUNT, metavar="N", usual=0, inherited=True, otherwise="0", handed_on=True),
     Option("alpha", "data", "concentration of the Dirichlet partitions; small = each agent has few classes (quantity: "
@@ -246,7 +256,8 @@ OPTIONS = (
     Option("data_dir", "data", "where the data sets are", path, "datasets", metavar="DIR", free=True, handed_on=True),
     Option("imgntdir", "data", "a folder in Tiny ImageNet's layout", path, metavar="DIR", usual="tiny-imagenet-200",
            free=True, handed_on=True, rare=True),
-    Option("model", "model", f"architecture: {', '.join(MODELS)} or tv:NAME for any torchvision classifier",
+    Option("model", "model", f"architecture: {', '.join(MODELS)}, tv:NAME of torchvision's classifiers, timm:NAME, or "
+           "FILE.py:FUNCTION, called with num_classes and, if it takes them, in_channels, image_size, width_multiplier",
            default="resnet20", metavar="NAME", handed_on=True, read="always", elsewhere=True),
     Option("norm", "model", "normalisation of resnet20, vgg16 and resnet50 (which has no evonorm); group and evonorm "
            "don't depend on the batch", list(NORMS), usual="batch", inherited=True, otherwise="batch", handed_on=True),

@@ -24,6 +24,7 @@ from experiments.options import MAIN, Settings, free, variant
 from models.training import Diverged, EpochStats, Evaluation
 from network.topology import short_name
 from storage.files import (
+    as_level,
     claim,
     clear,
     level,
@@ -57,7 +58,7 @@ def run_folder(o: Settings, matter: dict[str, Any], script: str = MAIN) -> Path:
     init = "trained" if not o["randominit"] else "different_random" if o["diffinit"] else "same_random"
     topology = short_name(o["topology"])
     return Path(o["results_dir"]).joinpath(*map(level, (
-        o["dataset"], o["model"].replace(":", "_"), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
+        as_level(o["dataset"]), as_level(o["model"]), o["data_dist"], init, o["opt"], f"{topology}_{o['num_models']}",
         f"epochs_{o['epochs']}" if o["training"] else "no_training", variant(matter, script) or "default",
         f"seed_{o['seed']}")))
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its builder)
+from models.elsewhere import builder_elsewhere
 from models.norms import NORMS
 from models.registry import MODELS, ModelBuilder, register_model
 from models.torchvision_zoo import PREFIX, zoo_builder
@@ -15,16 +16,19 @@ __all__ = ["MODELS", "NORMS", "build_model", "infer_width", "model_builder", "re
 
 
 def model_builder(name: str) -> ModelBuilder:
-    """The builder behind `name`: one of `MODELS`, or `tv:<name>` of torchvision.
+    """The builder behind `name`: one of `MODELS`, `tv:NAME` of torchvision, `timm:NAME`, or FILE.py:FUNCTION.
 
-    Raises ValueError, listing the choices, for a name that is neither.
+    Raises ValueError, listing the choices, for a name that is none of these.
     """
     if name.startswith(PREFIX):
         return zoo_builder(name)
+    if name not in MODELS and ":" in name:
+        return builder_elsewhere(name)
     if name not in MODELS:
         raise ValueError(
             f"unknown model {name!r}; choose one of {', '.join(sorted(MODELS))}, "
-            f"or {PREFIX}<name> for a torchvision classification model (for example {PREFIX}densenet121)"
+            f"or {PREFIX}NAME for a torchvision classification model (for example {PREFIX}densenet121), timm:NAME, or "
+            "FILE.py:FUNCTION for a function of your own"
         )
     return MODELS[name]
 
@@ -92,7 +96,7 @@ def infer_width(name: str, state: dict[str, torch.Tensor]) -> int | None:
 
     Raises ValueError if that tensor is missing, so that `state` cannot be one of `name`.
     """
-    if name.startswith(PREFIX):
+    if ":" in name:
         return None
     with torch.device("meta"):
         narrow, twice = (build_model(name, 10, image_size=64, width_multiplier=w).state_dict() for w in (1, 2))

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import reprlib
 import secrets
 import shutil
@@ -30,6 +31,11 @@ def level(text: object) -> str:
     if name in ("", ".", "..") or set(name) & {"/", os.sep, "\0"}:
         raise ValueError(f"{reprlib.repr(name)} can't be a level of a path")
     return name
+
+
+def as_level(name: str) -> str:
+    """A name of a model or of a data set, which may be a file's, as one level of a path."""
+    return level(re.sub(r"[:/\\]", "_", name))
 
 
 @contextlib.contextmanager

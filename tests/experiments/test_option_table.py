@@ -86,7 +86,8 @@ def test_paths_say_where_the_defaults_are_not_the_papers(script, said):
 def test_the_papers_values_are_frozen():
     """Another value here would give old folders a new meaning."""
     assert list(usual(MAIN).items()) == [
-        ("width_multiplier", 8), ("train_samples", 0), ("test_samples", 0), ("holdout", 0), ("alpha", None),
+        ("width_multiplier", 8), ("train_samples", 0), ("test_samples", 0), ("image_size", 0),
+        ("holdout", 0), ("alpha", None),
         ("classes_per_agent", None), ("min_images", 1), ("size_ratio", None), ("partition_file", None),
         ("feature_noise", 0.0), ("partition_seed", None), ("phase", None), ("imgntdir", "tiny-imagenet-200"),
         ("norm", "batch"), ("batch_size", 100),
@@ -153,7 +154,7 @@ def test_what_is_dealt_is_said_where_it_is_not_plain():
 def test_what_is_inherited_free_and_handed_on():
     assert set(names(lambda option: option.inherited)) == {
         "data_dist", "alpha", "classes_per_agent", "min_images", "size_ratio", "partition_file", "feature_noise",
-        "partition_seed", "train_samples", "holdout", "width_multiplier", "norm", "loss", "adjust_tau"}
+        "partition_seed", "train_samples", "image_size", "holdout", "width_multiplier", "norm", "loss", "adjust_tau"}
     assert {"merg_itr", "device", "results_dir", "versions"} <= free()
     assert free() & usual(MAIN).keys() == {"imgntdir"}  # where it lies; its name is said
 

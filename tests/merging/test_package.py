@@ -72,7 +72,7 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["mine"], "'mine': give package.module:function or torchvision:NAME"),
+    (["mine"], "'mine': give torchvision:NAME, timm:NAME, FILE.py:FUNCTION or package.module:FUNCTION"),
     (["nobodys.module:net"], "nobodys.module can't be imported: No module named 'nobodys'"),
     (["..mine:small"], "..mine can't be imported"),
     (["mine:large"], "mine has no function 'large'"),
