@@ -148,6 +148,7 @@ def pairs_total(spec, model, states, permutations) -> float:
     return total
 
 
+@pytest.mark.long
 def test_a_universe_is_better_over_all_pairs_than_any_reference(spec, model, states):
     states = states[:3]
     together = pairs_total(spec, model, states, universe(spec, model, states, images())[0])

@@ -83,7 +83,7 @@ ZOO = {
     "vit_b_16": 768 + 2 * (2 * 768 + 1024),
     "swin_t": None,
 }
-QUICK = {"mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t"}
+QUICK = {"mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_0"}
 NAMES = [*HIDDEN, *HOUSE, *(n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in ZOO)]
 
 

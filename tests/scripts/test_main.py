@@ -406,6 +406,7 @@ def test_a_common_basis_resumes_to_an_equal_run(checkpoints, tmp_path):
     equal_runs(whole, parts)
 
 
+@pytest.mark.long
 def test_a_run_from_when_there_were_more_options_goes_on_and_is_compared(checkpoints, tmp_path):
     """Its config.yaml names options that are gone, at the values that all runs have now."""
     flags = [*RUN, f"--ckp={checkpoints}", "--opt=COMMON"]
