@@ -70,8 +70,8 @@ def poison_others(agents) -> None:
     """From now on, the training images of all agents but these are noise, another in every process."""
     load = dealing.load_dataset
 
-    def poisoned(*args):
-        dataset = load(*args)
+    def poisoned(*args, **more):
+        dataset = load(*args, **more)
         labels = (dataset.train.labels.numpy(), dataset.test.labels.numpy())
         parts, _ = make_partition("iid", *labels, AGENTS, num_classes=dataset.num_classes, seed=0)
         images = dataset.train.images.clone()
