@@ -12,12 +12,13 @@ import torch
 
 from agents import partial
 from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
-from experiments.checkpoints import check_state, checkpoint_folder
+from experiments.checkpoints import checkpoint_folder
 from experiments.options import Command, train_parser
 from experiments.parsing import parse, pick_device
 from experiments.run_folder import circumstances
 from experiments.scripts import run_script
 from experiments.trainings import COLUMNS, TABLE, describe_training, fill_defaults, finished, rows_of_finished
+from merging.files import check_state
 from models import training
 from network.workers import follow_parent
 from storage.files import claim, clear, load_tensors, load_yaml, save_rows, save_tensors, save_yaml

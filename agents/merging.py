@@ -17,16 +17,16 @@ from agents.correction import DriftCorrection
 from agents.local import LocalTrainer, training_batches
 from agents.run import Agents
 from data.batches import Batches
-from experiments.checkpoints import check_state
 from merging import METHODS, Merged, Method, merge, outgoing
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
 from merging.divided import Divided
+from merging.files import check_state
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
 from network.faults import surviving, without
-from network.processes import Network, taken
+from network.processes import Network, homes, taken
 from network.topology import Topology
 from network.turns import CommonBasis
 from optimizers.corrections import CORRECTIONS
@@ -189,8 +189,10 @@ class MergingAgents(Agents):
     def divides(self, weights: np.ndarray) -> bool:
         """Whether the processes go through the shared images together: each of them has somebody to match for."""
         team, merging = self.network.team, np.count_nonzero(weights, axis=1) > 1
-        return bool(team and self.settings.reads_others and self.method.reads_images and not self.method.jointly
-                    and all(merging[block].any() for block in np.array_split(range(self.num_agents), team.size)))
+        if not (team and self.settings.reads_others and self.method.reads_images and not self.method.jointly):
+            return False
+        home = homes(self.num_agents, team.size)
+        return {home[i] for i in np.flatnonzero(merging).tolist()} == set(range(team.size))
 
     # Merging
 
@@ -209,10 +211,11 @@ class MergingAgents(Agents):
         images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
         matched: list[dict] = []
         merged_with = dict.fromkeys(self.states, "")
-        if self.divides(weights):
+        divided = self.divides(weights)
+        if divided:
             shared = Divided(shared, self.network.team)
         try:
-            models = self.exchange(iteration, weights, images)
+            models = self.exchange(iteration, weights, images, divided)
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = self.merged(merging, models, weights, images, shared)
@@ -259,8 +262,9 @@ class MergingAgents(Agents):
             self.states[i] = reestimate(self.trainer.model, self.states[i], self.matching_batches(i, iteration))
         return {i: {"merged_with": "", "matched": []} for i in self.states}
 
-    def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches]) -> dict[int, State]:
-        """The models that the agents here merge in this iteration, their own too."""
+    def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches],
+                 with_team: bool) -> dict[int, State]:
+        """The models that the agents here merge in this iteration, their own too; with_team: see `Network.share`."""
         s, everybody = self.settings, range(self.num_agents)
         aligns = self.alignment is not None and bool(self.alignment.turns(iteration).towards)
         lent = {i: outgoing(self.trainer.model, self.states[i], images[i], s.bn_reset,
@@ -269,7 +273,7 @@ class MergingAgents(Agents):
         def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
             arrived = self.network.share(iteration, {i: self.sent(i, lent[i]) for i in lent if i in lenders},
                                          np.where(np.isin(everybody, lenders), weights, 0), s.wire,
-                                         like=self.like_sent, turn=turn, with_team=self.divides(weights))
+                                         like=self.like_sent, turn=turn, with_team=with_team)
             if self.correction:
                 arrived = self.correction.without_walks(arrived)
             return self.plausible(iteration, arrived, lent, images) if self.network.may_miss else arrived

@@ -17,8 +17,9 @@ from agents.local import LocalTrainer, TrainSettings, training_batches
 from agents.run import Agents
 from data.batches import Batches
 from data.datasets import Dataset
-from experiments.checkpoints import State, check_state
+from experiments.checkpoints import State
 from merging.batch_norm import reestimate
+from merging.files import check_state
 from models import training
 from network.faults import kept_by_senders, surviving
 from network.processes import Network

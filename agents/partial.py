@@ -8,7 +8,7 @@ from types import NoneType
 import torch
 from torch import Tensor, nn
 
-from experiments.checkpoints import check_state
+from merging.files import check_state
 from models import training
 from storage.files import load_state, mismatch, save_state
 

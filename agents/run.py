@@ -16,10 +16,10 @@ import torch
 
 from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from data.datasets import Dataset
-from experiments.checkpoints import State, check_state, digest, digest_of_all
+from experiments.checkpoints import State, digest, digest_of_all
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
-from merging.files import with_counts
+from merging.files import check_state, with_counts
 from network.faults import Faults
 from network.processes import Network
 from network.topology import Topology

@@ -15,7 +15,6 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
@@ -24,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data import elsewhere
+from data.images import decode_all, decoding, pixels
 from storage.files import lock, open_regular, read_text, save_text, write_atomically
-from utils.progress import progress
 from utils.seeds import generator
 
 
@@ -595,38 +593,22 @@ def _read_annotations(file: Path, folder: Path) -> dict[Path, str]:
 
 
 def _decode_images(paths: list[Path], pattern: Path, part: str) -> np.ndarray:
-    """Decode images of the pattern's size to uint8 (n, 3, H, W) on a few threads: Pillow decodes outside the lock."""
-    size = _decode(pattern).shape[1:]
-    if size[0] != size[1]:
-        raise ValueError(f"tinyimgnt: {pattern} is {size[1]}x{size[0]}: make all images square")
-    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(partial(_decode, pattern=pattern, side=size[0]), paths)
-        for i, image in enumerate(progress(decoded, f"decoding {part} images", len(paths), "image")):
-            images[i] = image
-    return images
+    """Images of the pattern's size as uint8 (n, 3, H, W)."""
+    with decoding("tinyimgnt", pattern) as image:
+        width, height = image.size
+    if width != height:
+        raise ValueError(f"tinyimgnt: {pattern} is {width}x{height}: make all images square")
+    return decode_all(paths, width, part, partial(_decode, pattern=pattern, side=width))
 
 
-def _decode(path: Path, pattern: Path | None = None, side: int = 0) -> np.ndarray:
-    """An image as uint8 (3, H, W); it must have `side` rows and columns where there is a pattern."""
-    with open_regular(path) as file:
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-                if pattern is None or width == height == side:  # known before anything is decoded
-                    return _rgb(image)
-        except Exception as error:  # Pillow raises half a dozen types for a broken file
-            raise ValueError(f"tinyimgnt: {path} can't be decoded: {' '.join(str(error).split())}") from None
+def _decode(path: Path, pattern: Path, side: int) -> np.ndarray:
+    """An image as uint8 (3, side, side)."""
+    with decoding("tinyimgnt", path) as image:
+        width, height = image.size
+        if width == height == side:  # known before anything is decoded
+            return pixels(image)
     raise ValueError(
         f"tinyimgnt: {path} is {width}x{height}, {pattern} is {side}x{side}: resize them to one size")
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255 off
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a pixel: convert it to 8")
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _fetch_tiny(root: Path, download: bool) -> None:

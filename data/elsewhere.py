@@ -6,7 +6,6 @@ import inspect
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from data.images import decode_all, decoding, pixels, rgb
 from storage.files import open_regular
 from utils.memory import physical_memory
 from utils.progress import progress
@@ -98,45 +98,31 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _decode_all(name: str, lists: dict[str, tuple[list[Path], list[int]]], size: int) -> Arrays:
-    arrays, side = {}, size or min(_size_of(name, lists["train"][0][0]))
+    arrays, side = {}, size
+    if not size:
+        with decoding(name, lists["train"][0][0]) as image:
+            side = min(image.size)
     _must_fit(name, sum(len(files) for files, _ in lists.values()) * 3 * side**2)
     for part, (files, labels) in lists.items():
-        images = np.empty((len(files), 3, side, side), np.uint8)
-        with ThreadPoolExecutor() as pool:
-            decoded = pool.map(lambda file: _decode(name, file, side, scaled=bool(size)), files)
-            for k, image in enumerate(progress(decoded, f"decoding {part} images", len(files), "image")):
-                images[k] = image
-        arrays |= {f"{part}_images": images, f"{part}_labels": np.array(labels, np.int64)}
+        arrays |= {f"{part}_images": decode_all(files, side, part, partial(_decode, name, side, bool(size))),
+                   f"{part}_labels": np.array(labels, np.int64)}
     return arrays
 
 
-def _size_of(name: str, file: Path) -> tuple[int, int]:
-    with open_regular(file) as opened:
-        try:
-            with Image.open(opened) as image:
-                return image.size
-        except Exception as error:  # Pillow raises half a dozen types for a broken file
-            raise ValueError(f"{name}: {file} can't be decoded: {' '.join(str(error).split())}") from None
-
-
-def _decode(name: str, file: Path, side: int, scaled: bool) -> np.ndarray:
+def _decode(name: str, side: int, scaled: bool, file: Path) -> np.ndarray:
     """uint8 (3, side, side)."""
-    if not scaled and (found := _size_of(name, file)) != (side, side):
-        raise ValueError(f"{name}: {file} is {found[0]}x{found[1]}, another is {side} wide or high: give --image_size, "
-                         "to which all are scaled and cropped")
-    with open_regular(file) as opened:
-        try:
-            with Image.open(opened) as image:
-                return _fitted(image, side)
-        except Exception as error:
-            raise ValueError(f"{name}: {file} can't be decoded: {' '.join(str(error).split())}") from None
+    with decoding(name, file) as image:
+        width, height = image.size
+        if scaled or width == height == side:
+            return _fitted(image, side)
+    raise ValueError(f"{name}: {file} is {width}x{height}, another is {side} wide or high: give --image_size, to which "
+                     "all are scaled and cropped")
 
 
 def _fitted(image: Image.Image, side: int) -> np.ndarray:
-    image = image.convert("RGB")
     if image.size != (side, side):
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+        image = ImageOps.fit(rgb(image), (side, side), Image.Resampling.BILINEAR)
+    return pixels(image)
 
 
 # Arrays in a file

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.datasets import DATASETS
 from experiments.options import MAIN, SHORT, TRAIN, Settings, names, silent, usual, variant
 from experiments.parsing import as_typed
-from merging.files import load_tensors, state_in
+from merging.files import state_in
 from network.wire import State
-from storage.files import as_level, level, load_yaml
+from storage.files import as_level, level, load_tensors, load_yaml
 
 
 def checkpoint_folder(o: Settings) -> Path:
@@ -102,18 +101,3 @@ def digest(state: State) -> str:
 def digest_of_all(digests: Mapping[int, str]) -> str:
     """A short name for all agents' models, from those of each."""
     return hashlib.sha256(" ".join(digests[i] for i in sorted(digests)).encode()).hexdigest()[:12]
-
-
-def check_state(state: State, template: State, name: str) -> None:
-    """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{name} is not a state dict")
-    if missing := sorted(template.keys() ^ state.keys()):
-        raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
-                         f"({len(missing)} such keys)")
-    for key, expected in template.items():
-        if state[key].shape != expected.shape:
-            raise ValueError(f"{name}: {key} has shape {tuple(state[key].shape)}, this model's is "
-                             f"{tuple(expected.shape)} (another width, number of classes or image size?)")
-        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
-            raise ValueError(f"{name}: {key} holds NaN or infinite values")

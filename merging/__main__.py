@@ -21,7 +21,7 @@ from merging import METHODS, Merged, merge
 from merging.averaging import State
 from merging.batch_norm import tracked_norms
 from merging.drawing import plot
-from merging.files import load_tensors, save_model, state_in, with_counts
+from merging.files import check_state, load_tensors, save_model, state_in, with_counts
 from merging.images import Folder, folder
 from merging.named import KINDS, build
 from merging.permutation import derive_spec, describe
@@ -122,13 +122,7 @@ def print_matches(files: Sequence[str], merged: Merged) -> None:
 def model_in(file: Path, template: State) -> State:
     """A checkpoint that fits the model. Raises ValueError, naming the file, for any other."""
     state = with_counts(state_in(load_tensors(file), file), template)
-    if odd := sorted(template.keys() ^ state.keys()):
-        raise ValueError(f"{file} is of another architecture than --model: {odd[0]} is in only one of the two "
-                         f"({len(odd)} such names)")
-    for key, expected in template.items():
-        if state[key].shape != expected.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(state[key].shape)}, the model's is "
-                             f"{tuple(expected.shape)} (--model_args num_classes=...?)")
+    check_state(state, template, str(file))
     return {key: state[key] for key in template}
 
 

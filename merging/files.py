@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
-import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -50,6 +48,21 @@ def with_counts(state: State, template: State) -> State:
     return filled | {key: value for key, value in state.items() if key not in template}
 
 
+def check_state(state: State, template: State, name: str) -> None:
+    """Raise ValueError, naming the file and the mismatch, unless `state` fits the model and is finite."""
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{name} is not a state dict")
+    if missing := sorted(template.keys() ^ state.keys()):
+        raise ValueError(f"{name} is of another architecture: {missing[0]} is in only one of the two "
+                         f"({len(missing)} such keys)")
+    for key, expected in template.items():
+        if state[key].shape != expected.shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(state[key].shape)}, the model's is "
+                             f"{tuple(expected.shape)} (another width, number of classes or image size?)")
+        if state[key].is_floating_point() and not torch.isfinite(state[key]).all():
+            raise ValueError(f"{name}: {key} holds NaN or infinite values")
+
+
 def save_model(path: Path, state: State) -> None:
     """A state dict as safetensors or, by the name's end, as torch.save has it: whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -68,28 +81,23 @@ def save_model(path: Path, state: State) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """`path`, opened for reading. ValueError for what is no file: a FIFO would keep its reader waiting for ever."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file")
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb", opener=lambda name, flags: os.open(
-            name, flags | getattr(os, "O_NONBLOCK", 0))))
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is not a regular file")
-        stack.pop_all()
-        return file
-
-
-def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
-    """What torch.save or safetensors wrote, without running code from the file.
-
-    mmap: leave tensors on the disk until they are looked at; what is damaged in them isn't noticed then.
-    Raises ValueError that names an unreadable or damaged file.
-    """
+def load_tensors(path: Path) -> Any:
+    """What torch.save or safetensors wrote. Raises ValueError that names an unreadable or damaged file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    with open_regular(path) as file, warnings.catch_warnings():
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        return read_tensors(file, path)
+
+
+def read_tensors(file: BinaryIO, path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """What torch.save or safetensors wrote to an opened file, without running code from it.
+
+    mmap: leave tensors on the disk until they are looked at; what is damaged in them isn't noticed then.
+    Raises ValueError that names an unreadable or damaged file, by its `path`.
+    """
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about what the checks below refuse
         try:
             zipped = zipfile.is_zipfile(file)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its builder)
-from models.elsewhere import builder_elsewhere
 from models.norms import NORMS
 from models.registry import MODELS, ModelBuilder, register_model
 from models.torchvision_zoo import PREFIX, zoo_builder
@@ -23,6 +22,8 @@ def model_builder(name: str) -> ModelBuilder:
     if name.startswith(PREFIX):
         return zoo_builder(name)
     if name not in MODELS and ":" in name:
+        from models.elsewhere import builder_elsewhere  # here: it imports merging, and tables do without
+
         return builder_elsewhere(name)
     if name not in MODELS:
         raise ValueError(

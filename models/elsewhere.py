@@ -19,9 +19,10 @@ def builder_elsewhere(name: str) -> ModelBuilder:
         maker(name)
         return partial(_from_timm, name)
     able = inspect.signature(maker(name)).parameters
-    if "num_classes" not in able and not any(p.kind == p.VAR_KEYWORD for p in able.values()):
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in able.values())
+    asked = [key for key in CALLED_WITH if takes_all or key in able]
+    if "num_classes" not in asked:
         raise ValueError(f"{name}: it must take num_classes, and may take {', '.join(CALLED_WITH[1:])}")
-    asked = [key for key in CALLED_WITH if key in able or any(p.kind == p.VAR_KEYWORD for p in able.values())]
     return partial(_from_function, name, asked)
 
 

@@ -21,15 +21,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merging.divided import Team
 from network.wire import State, pack, through, unpack, wire_bytes
+
+if TYPE_CHECKING:
+    from merging.divided import Team
 
 BACKENDS = ("auto", "gloo", "nccl")
 

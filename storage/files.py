@@ -10,6 +10,7 @@ import re
 import reprlib
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,8 +19,6 @@ from typing import Any, BinaryIO
 import torch
 import yaml
 from filelock import FileLock, Timeout
-
-from merging.files import load_tensors, open_regular
 
 SCHEMA = 1  # of the states to continue from; those of before there was a number count as 0
 MOST_TEXT = 1 << 28  # bytes of a text file; the metrics of a thousand agents over a hundred merges take 20 MB
@@ -117,6 +116,19 @@ def save_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 # Reading: whatever is in a file, the outcome is what it should be or a ValueError that names the file
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """`path`, opened for reading. ValueError for what is no file: a FIFO would keep its reader waiting for ever."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb", opener=lambda name, flags: os.open(
+            name, flags | getattr(os, "O_NONBLOCK", 0))))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        stack.pop_all()
+        return file
+
+
 def read_text(path: Path) -> str:
     """The text in a UTF-8 file, with or without a byte order mark, whatever its line ends."""
     with open_regular(path) as file:
@@ -160,6 +172,16 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} can't be read: expected 'option: value' lines")
     return content
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """`merging.files.read_tensors` of a regular file. Raises ValueError that names an unreadable or damaged one."""
+    from merging.files import read_tensors  # here: tables and pictures, which read texts, begin without it
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    with open_regular(path) as file:
+        return read_tensors(file, path, device, mmap)
 
 
 def load_state(path: Path, structure: Any, mmap: bool = False) -> dict[str, Any]:

@@ -3,9 +3,9 @@ import safetensors.torch
 import torch
 import yaml
 
-from experiments.checkpoints import check_state, checkpoint_folder, describe, digest, digest_of_all, load_states
+from experiments.checkpoints import checkpoint_folder, describe, digest, digest_of_all, load_states
 from experiments.options import train_parser
-from merging.files import with_counts
+from merging.files import check_state, with_counts
 from storage.files import save_tensors
 from tests.helpers import equal
 
