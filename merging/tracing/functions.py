@@ -26,9 +26,10 @@ CONSTANTS = _words("new_zeros new_ones new_full new_empty new_tensor empty_like 
 UNARY_VIEWS = _words("contiguous to type float double half bfloat16 cpu cuda type_as requires_grad_")
 REDUCE = _words("mean sum amax amin prod var std norm logsumexp max min median nanmean var_mean std_mean all any "
                 "count_nonzero")
+WHOLE_AXES = _words("transpose permute movedim moveaxis swapaxes swapdims t T mT squeeze unsqueeze")
 MOVE_SEVERAL = _words("cat concat concatenate stack hstack vstack dstack meshgrid")
-MOVES = MOVE_SEVERAL | _words(
-    "view reshape flatten unflatten transpose permute movedim moveaxis swapaxes swapdims t T mT H mH squeeze unsqueeze "
+MOVES = MOVE_SEVERAL | WHOLE_AXES | _words(
+    "view reshape flatten unflatten H mH "
     "expand expand_as broadcast_to repeat tile repeat_interleave chunk split split_with_sizes tensor_split unbind "
     "getitem select narrow index_select flip fliplr flipud roll rot90 hsplit vsplit dsplit pixel_shuffle "
     "pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal ravel view_as reshape_as as_strided "

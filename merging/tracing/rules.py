@@ -7,7 +7,7 @@ a case. Adding a function is adding a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from merging.tracing.functions import ELEMENTWISE, MOVE_SEVERAL, MOVES, REDUCE
+from merging.tracing.functions import ELEMENTWISE, MOVE_SEVERAL, MOVES, REDUCE, WHOLE_AXES
 from merging.tracing.trace import NoRule, Rule, Trace, along, here
 from merging.tracing.units import RANKS, Layout, Shape, varied
 from merging.tracing.watch import Call, tensors_of
@@ -110,17 +110,32 @@ def _topk(trace: Trace, call: Call, input: Tensor, k: int, dim: int = -1, *_: An
 
 @rule("cat concat concatenate")
 def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> list[Layout]:
-    return _move(trace, call, only=dim)
+    return _move(trace, call, within=[dim])
 
 
-@rule("chunk")
-def _chunk(trace: Trace, call: Call, input: Tensor, chunks: int, dim: int = 0) -> list[Layout]:
-    return _move(trace, call, only=dim)
+@rule("chunk split tensor_split")
+def _chunk(trace: Trace, call: Call, input: Tensor, parts: Any, dim: int = 0) -> list[Layout]:
+    return _move(trace, call, within=[dim])
 
 
-@rule(*MOVES - {"cat", "concat", "concatenate", "chunk"})
-def _move(trace: Trace, call: Call, *_: Any, only: int | None = None, **__: Any) -> list[Layout]:
-    """Entries go elsewhere, all along the dimension `only` if that is given."""
+@rule("unflatten select narrow index_select")
+def _at(trace: Trace, call: Call, input: Tensor, dim: int, *_: Any, **__: Any) -> list[Layout]:
+    return _move(trace, call, within=[dim])
+
+
+@rule("flatten")
+def _flatten(trace: Trace, call: Call, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> list[Layout]:
+    return _move(trace, call, within=range(start_dim % input.ndim, end_dim % input.ndim + 1))
+
+
+@rule(*WHOLE_AXES)
+def _turn(trace: Trace, call: Call, *_: Any, **__: Any) -> list[Layout]:
+    return _move(trace, call, within=[])
+
+
+@rule(*MOVES - RULES.keys())
+def _move(trace: Trace, call: Call, *_: Any, within: Iterable[int] | None = None, **__: Any) -> list[Layout]:
+    """Entries go elsewhere; if `within` is given, whatever the length of all other dimensions."""
     leaves, structure = tree_flatten((call.args, call.kwargs))
     data = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
             and (leaf.is_floating_point() or leaf in trace.layouts)]
@@ -142,18 +157,13 @@ def _move(trace: Trace, call: Call, *_: Any, only: int | None = None, **__: Any)
         return tensors_of(call.func(*args, **kwargs))
 
     operands = [trace.operand(leaves[n]) for n in data]
-    if only is not None:
-        # Long dimensions that nothing happens to need not be looked at entry by entry.
-        used = {only % len(operands[0][1])}.union(*(varied(labels) for layout, _ in operands for labels in layout))
-        operands = [(layout, tuple(n if d in used else min(n, 2) for d, n in enumerate(shape)))
-                    for layout, shape in operands]
     if not indices:
-        return trace.units.move(function, operands, call.name + here())
+        return trace.units.move(function, operands, call.name + here(), within)
     # Picked by numbers that other inputs change: units that are not all taken, and in their order, can't move.
     ((layout, shape),) = operands
     survivors = []
     for labels in layout:
-        (moved,) = trace.units.move(function, [((labels,), shape)], call.name + here())
+        (moved,) = trace.units.move(function, [((labels,), shape)], call.name + here(), within)
         whole = len(moved) == 1 and np.array_equal(moved[0].ravel(), labels.ravel())
         survivors += moved if whole else []
         trace.units.fix(() if whole else (labels,), f"picked by number in {call.name}{here()}")

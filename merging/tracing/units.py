@@ -12,7 +12,7 @@ and the rank of an entry among those that move with it (a channel that was flatt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -156,8 +156,22 @@ class Units:
         return outer
 
     def move(self, function: Callable[[list[Tensor]], Sequence[Tensor]], operands: Sequence[tuple[Layout, Shape]],
-             where: str) -> list[Layout]:
-        """Any operation that only moves entries: `function` is run on the entries' numbers (0: something new)."""
+             where: str, within: Iterable[int] | None = None) -> list[Layout]:
+        """Any operation that only moves entries: `function` is run on the entries' numbers (0: something new).
+
+        within: the only dimensions whose lengths it minds. The others are cut short where they hold nothing, and what
+        lies along different ones is looked at one after the other: it costs their sum instead of their product.
+        """
+        if within is not None:
+            layouts = [layout for layout, _ in operands]
+            if len(operands) == 1 and len(layouts[0]) > 1:
+                moved = [self.move(function, [((labels,), operands[0][1])], where, within) for labels in layouts[0]]
+                return [self._disjoint([labels for layout in of_result for labels in layout], where)
+                        for of_result in zip(*moved, strict=True)]
+            rank = len(operands[0][1])
+            used = {dim % rank for dim in within}.union(*(varied(labels) for layout in layouts for labels in layout))
+            operands = [(layout, tuple(n if d in used else min(n, 2) for d, n in enumerate(shape)))
+                        for layout, shape in operands]
         numbers, offsets, count = [], [], 1
         for _, shape in operands:
             size = math.prod(shape)
@@ -211,6 +225,10 @@ class Units:
                 self.fix((labels,), f"meets entries that hold no units in {where}")
             else:
                 result.append(labels)
+        return self._disjoint(result, where)
+
+    def _disjoint(self, result: list[Labels], where: str) -> Layout:
+        """The layout of these labels, of which no two may vary along the same dimension."""
         for a, b in combinations(list(result), 2):
             if varied(a) & varied(b):
                 self.fix((a, b), f"two axes are merged in {where}")
