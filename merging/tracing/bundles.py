@@ -92,7 +92,8 @@ def _bundles(units: Units) -> _Bundles:
         children, parents = np.unique(np.stack([of[inner], of[outer]]), axis=1)
         same = _same_blocks(children, parents, of, axis)
         if not same.size:
-            return _Bundles(of, axis, first, children, parents, (left, right))
+            binds = _binds(children, parents, of, axis)
+            return _Bundles(of, axis, first, children[binds], parents[binds], (left, right))
         ties.append((first[same[0]] * RANKS, first[same[1]] * RANKS))
 
 
@@ -102,11 +103,18 @@ def _components(a: np.ndarray, b: np.ndarray, size: int) -> np.ndarray:
 
 
 def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """(2, n): pairs of blocks that are the same ones, seen by two operations: they share units.
+    """(2, n): pairs of blocks that are the same ones: they share units, seen by two operations.
 
-    Not where that would make one of several blocks of a kind (groups of 4 channels and groups of 8).
+    Not where that would make one of several blocks of a kind (groups of 4 channels and groups of 8), unless these have
+    all of their units in common (heads of queries that share one of keys).
     """
     size = bundle.max(initial=-1) + 1
+    content = _alike(parents, children[None], size)
+    blocks = np.unique(parents)
+    blocks = blocks[np.argsort(content[blocks], kind="stable")]
+    alike = np.diff(content[blocks]) == 0
+    if alike.any():
+        return np.stack([blocks[:-1][alike], blocks[1:][alike]])
     cluster = _components(children, parents + size, 2 * size)[size:]  # of blocks that share units
     blocks = np.unique(parents)
     of_block = np.isin(bundle, blocks)
@@ -116,6 +124,23 @@ def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, 
     blocks = blocks[np.argsort(cluster[blocks], kind="stable")]
     same = (np.diff(cluster[blocks]) == 0) & ~np.isin(cluster[blocks][1:], torn)
     return np.stack([blocks[:-1][same], blocks[1:][same]])
+
+
+def _binds(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Whether lying in that block says anything of a bundle that lies in others, too.
+
+    It doesn't where all that could take the bundle's place lies in the block as well (a norm's weights that every head
+    is multiplied by).
+    """
+    several = np.bincount(children)[children] > 1
+    if not several.any():
+        return ~several
+    held = np.unique(np.stack([bundle, axis]), axis=1)  # (bundle, axis) pairs, by bundle
+    start, end = (np.searchsorted(held[0], children, side) for side in ("left", "right"))
+    of_child = np.concatenate([held[1, a:b] for a, b in zip(start, end, strict=True)])
+    pairs, inside = np.unique(np.stack([np.repeat(parents, end - start), of_child]), axis=1, return_counts=True)
+    everywhere = np.bincount(held[1])
+    return ~(several & ~np.isin(parents, pairs[0, inside < everywhere[pairs[1]]]))
 
 
 def _reasons(units: Units, bundles: _Bundles) -> dict[int, str]:

@@ -102,10 +102,16 @@ def _may_hold_units(tensor: Tensor) -> bool:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """id -> name of every tensor of the model; the first of several names."""
+    """id -> name of every tensor of the model; the first of several names.
+
+    Not of a buffer that no state dict holds, as agents don't exchange it: its entries stay where they are. One whose
+    entries are all the same has no order, though (an attention's zeros in place of a bias).
+    """
     names: dict[int, str] = {}
+    own = model.state_dict(keep_vars=True)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        names.setdefault(id(tensor), name)
+        if name in own or not tensor.numel() or bool((tensor == tensor.flatten()[0]).all()):
+            names.setdefault(id(tensor), name)
     return names
 
 
@@ -114,9 +120,12 @@ def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, s
            state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
+    attributes += [buffer for buffer in model.buffers() if id(buffer) not in names]
     trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
     for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
+        if not x.is_floating_point():
+            trace.given[x] = True
     outputs = run(model, *inputs.args, keywords=inputs.kwargs, within=trace, what="an example")
     for tensor in tensors_within(outputs if model.training else inputs.chosen(outputs)):
         trace.refuse_unseen(tensor, "the output")
@@ -125,9 +134,6 @@ def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, s
 
 
 def _spec(units: Units, trace: Trace, everything: Mapping[str, Tensor], names: dict[int, str]) -> PermutationSpec:
-    for axis in units.axes:
-        if axis.tensor and axis.tensor not in everything:  # agents don't exchange it
-            units.fix((axis.labels,), f"{axis.tensor} is not in the state dict")
     found = groups(units)
     group_of = np.full(found.bundle.max(initial=-1) + 1, MISSING)
     place = np.zeros_like(group_of)
@@ -149,7 +155,7 @@ def _spec(units: Units, trace: Trace, everything: Mapping[str, Tensor], names: d
 
     members: dict[int, list[Member]] = {g: [] for g in range(len(found.groups))}
     for axis in units.axes:
-        if axis.tensor:
+        if axis.tensor in everything:
             for g, where in entries(axis.labels).items():
                 members[g].append(Member(axis.tensor, axis.dims, where, axis.blocks))
     for name, tensor in everything.items():  # the other names of a shared tensor

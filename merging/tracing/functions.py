@@ -22,6 +22,7 @@ ELEMENTWISE = _words(
     "zeros_like ones_like full_like copy zero fill"
 )
 
+FILLED = _words("zeros ones full new_zeros new_ones new_full")
 CONSTANTS = _words("new_zeros new_ones new_full new_empty new_tensor empty_like rand_like randn_like")
 UNARY_VIEWS = _words("contiguous to type float double half bfloat16 cpu cuda type_as requires_grad_")
 REDUCE = _words("mean sum amax amin prod var std norm logsumexp max min median nanmean var_mean std_mean all any "

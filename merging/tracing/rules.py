@@ -448,7 +448,7 @@ def _attention(trace: Trace, call: Call, query: Tensor, key: Tensor, value: Tens
                dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                enable_gqa: bool = False) -> list[Layout]:
     q, k, v, mask = query, key, value, attn_mask
-    if enable_gqa or not q.ndim == k.ndim == v.ndim >= 2:
+    if not q.ndim == k.ndim == v.ndim >= 2:
         raise NoRule
     in_order = is_causal and any(
         q.ndim - 2 in varied(labels) for t in (q, k, v) for labels in trace.layout(t))

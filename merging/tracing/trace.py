@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from merging.tracing.functions import CONSTANTS, MOVES, READ_BEFORE, REDUCE, UNARY_VIEWS, VALUES
+from merging.tracing.functions import CONSTANTS, FILLED, MOVES, READ_BEFORE, REDUCE, UNARY_VIEWS, VALUES
 from merging.tracing.units import Labels, Layout, Shape, Units, varied
 from merging.tracing.watch import Call, UnsupportedOperation, Watch
 
@@ -69,6 +69,8 @@ class Trace(Watch):
         self.layouts: Any = WeakTensorKeyDictionary()  # of what was computed
         self.alive: Any = WeakTensorKeyDictionary()  # what depends on the inputs
         self.sources: Any = WeakTensorKeyDictionary()
+        self.even: Any = WeakTensorKeyDictionary()  # of one value throughout, so that nothing has a place in it
+        self.given: Any = WeakTensorKeyDictionary()  # inputs of whole numbers, and what is made of these alone
         self.serials: Any = WeakTensorKeyDictionary()
         self.serial = 0
         self.constants: Any = WeakTensorKeyDictionary()  # made in the forward pass, of no tensor that counts
@@ -103,7 +105,11 @@ class Trace(Watch):
         return self.state[name]
 
     def operand(self, tensor: Tensor) -> tuple[Layout, Shape]:
-        return self.layout(tensor), tuple(tensor.shape)
+        """Its layout and shape; a tensor of one value (a recurrent network's first state) is like a single number."""
+        return self.layout(tensor), (1,) * tensor.ndim if self.is_even(tensor) else tuple(tensor.shape)
+
+    def is_even(self, tensor: Tensor) -> bool:
+        return tensor in self.even and StorageWeakRef(tensor.untyped_storage()) not in self.written
 
     def adopt(self, tensor: Tensor | None, shape: Shape, layout: Layout, where: str) -> None:
         """A tensor, seen as `shape`, takes part elementwise in something with this layout (of the same rank)."""
@@ -178,10 +184,9 @@ class Trace(Watch):
             self.refuse_unseen(tensor, call.name, here)
         if len(known) == len(tables) or call.name in CONSTANTS:
             call.result = super().watch(call)
-            for tensor in call.results:
-                self.constants[tensor] = True
+            self._note_constant(call)
             return call.result
-        if call.name in VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known):
+        if call.name in VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known if t not in self.given):
             raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, which "
                                        "may depend on the order of its units: keep them in tensors")
         call.result = super().watch(call)
@@ -191,6 +196,16 @@ class Trace(Watch):
             self._note(call)
         return call.result
 
+    def _note_constant(self, call: Call) -> None:
+        """What comes from no tensor that counts, and whether it is of one value."""
+        even = call.name in FILLED or bool(call.tensors and call.base in MOVES and all(map(self.is_even, call.tensors)))
+        for tensor in call.results:
+            self.constants[tensor] = True
+            if even:
+                self.even[tensor] = True
+        if call.name.endswith("_") or call.name == "setitem":
+            self.written |= {StorageWeakRef(tensor.untyped_storage()) for tensor in call.tensors[:1]}
+
     def _note(self, call: Call) -> None:
         """The layouts of a call's results, and where these can be fetched."""
         results = call.results
@@ -198,6 +213,7 @@ class Trace(Watch):
         in_place = any(result is tensor for result in results for tensor in call.tensors) and not (
             call.name in UNARY_VIEWS or call.name in MOVES)
         depends = any(map(self.is_activation, call.tensors))
+        given = all(tensor in self.given or tensor in self.constants for tensor in call.tensors)
         for result, layout in zip(results, self._layouts(call, in_place), strict=True):
             if in_place:
                 self._write(result)
@@ -205,6 +221,8 @@ class Trace(Watch):
                 self.layouts[result] = layout
                 if depends:
                     self.alive[result] = True
+                if given:
+                    self.given[result] = True
             if in_place or result not in self.serials:
                 self.serials[result] = self._next_serial()
         if len(results) == 1 and call.base in READ_BEFORE and not in_place:

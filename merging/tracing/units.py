@@ -115,12 +115,14 @@ class Units:
             else:
                 self.fix((a, b), f"axes that overlap only in part meet in {where}")
                 dead |= {id(a), id(b)}
-        for o, labels in factors:
-            for p, shape in enumerate(shapes):
-                covered = frozenset().union(*map(varied, layouts[p]))
-                if p != o and any(shape[d] > 1 and d not in covered for d in varied(labels)):
-                    self.fix((labels,), f"meets entries that hold no units in {where}")
-                    dead.add(id(labels))
+        for n, (o, labels) in enumerate(factors):
+            plain = {d for p, shape in enumerate(shapes) for d in varied(labels)
+                     if p != o and shape[d] > 1 and not any(d in varied(other) for other in layouts[p])}
+            if plain and plain < varied(labels) and id(labels) not in dead:  # by place in each head: heads can move
+                factors[n] = o, self._pinned(labels, varied(labels) - plain)
+            elif plain:
+                self.fix((labels,), f"meets entries that hold no units in {where}")
+                dead.add(id(labels))
         result: list[Labels] = []
         for _, labels in sorted(factors, key=lambda factor: -len(varied(factor[1]))):
             if id(labels) not in dead and not any(varied(labels) & varied(other) for other in result):
@@ -140,6 +142,15 @@ class Units:
         if not keepdim:
             result = [labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims]) for labels in result]
         return tuple(result)
+
+    def _pinned(self, labels: Labels, kept: frozenset[int]) -> Labels:
+        """One new unit for each place in the dimensions `kept`, of all that lies there: its order counts."""
+        gone = varied(labels) - kept
+        shape = tuple(1 if d in gone else length for d, length in enumerate(labels.shape))
+        place = np.arange(math.prod(labels.shape) // math.prod(shape))
+        pinned = self.new(shape)
+        self.tie(labels, pinned + place.reshape([n if d in gone else 1 for d, n in enumerate(labels.shape)]))
+        return pinned
 
     def _blocks(self, labels: Labels, kept: frozenset[int]) -> Labels:
         """New units, one for each place in the dimensions `kept`: the blocks that the units there lie in."""

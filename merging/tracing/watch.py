@@ -188,3 +188,98 @@ def _multi_head_attention(query, key, value, embed_dim_to_check, num_heads, in_p
     if not batched:
         out, scores = out.squeeze(1), scores.squeeze(0) if need_weights else None
     return out, scores
+
+
+@_compound("scaled_dot_product_attention")
+def _grouped_query_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                             enable_gqa=False):
+    """Several heads of queries, one after the other, share a head of keys and values."""
+    if not enable_gqa or query.shape[-3] == key.shape[-3] == value.shape[-3]:
+        return NotImplemented
+    key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+@_compound("_weight_norm")
+def _weight_norm(v, g, dim=0):
+    """Salimans and Kingma 2016: w = g v / |v|, the norm over all dimensions but one."""
+    return v * (g / v.square().sum([d for d in range(v.ndim) if d != dim], keepdim=True).sqrt())
+
+
+def _long_short(x, state, weights):
+    """x: what the input makes of the four gates; weights: of the hidden units, and a projection of these or None."""
+    hidden, cell = state
+    recurrent, bias, projection = weights
+    i, f, g, o = (x + F.linear(hidden, recurrent, bias)).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    hidden = o.sigmoid() * cell.tanh()
+    return (hidden if projection is None else F.linear(hidden, projection)), cell
+
+
+def _gated(x, state, weights):
+    (hidden,), (recurrent, bias, _) = state, weights
+    (r, z, n), (of_r, of_z, of_n) = x.chunk(3, -1), F.linear(hidden, recurrent, bias).chunk(3, -1)
+    n, z = (n + (r + of_r).sigmoid() * of_n).tanh(), (z + of_z).sigmoid()
+    return (n + z * (hidden - n),)
+
+
+def _plain(activation):
+    def step(x, state, weights):
+        (hidden,), (recurrent, bias, _) = state, weights
+        return (activation(x + F.linear(hidden, recurrent, bias)),)
+
+    return step
+
+
+_CELLS = {"lstm": _long_short, "gru": _gated, "rnn_tanh": _plain(torch.tanh), "rnn_relu": _plain(torch.relu)}
+
+
+def _recurrent(name: str) -> Callable:
+    """torch.lstm and its like, time step by time step."""
+    cell, kept = _CELLS[name], 2 if name == "lstm" else 1
+
+    def layers(x, state, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first=False):
+        if isinstance(has_biases, (list, tuple)):  # packed sequences: (data, batch sizes, state, weights, ...)
+            return NotImplemented
+        state = state if kept == 2 else (state,)
+        directions = 2 if bidirectional else 1
+        each = len(weights) // (num_layers * directions)  # W, U, and two biases, and a projection
+        x, last = x.transpose(0, 1) if batch_first else x, []
+        for layer in range(num_layers):
+            sides = []
+            for side in range(directions):
+                n = layer * directions + side
+                into, recurrent, *more = weights[n * each : (n + 1) * each]
+                biases = more[:2] if has_biases else (None, None)
+                projection = more[-1] if len(more) > (2 if has_biases else 0) else None
+                made, now, outputs = F.linear(x, into, biases[0]), tuple(part[n] for part in state), []
+                for t in reversed(range(len(x))) if side else range(len(x)):
+                    now = cell(made[t], now, (recurrent, biases[1], projection))
+                    outputs.append(now[0])
+                sides.append(torch.stack(outputs[::-1] if side else outputs))
+                last.append(now)
+            x = sides[0] if directions == 1 else torch.cat(sides, -1)
+            if dropout and train and layer < num_layers - 1:
+                x = F.dropout(x, dropout, train)
+        x = x.transpose(0, 1) if batch_first else x
+        # Put beside each other and taken apart again, because what is stacked holds the same units in all places.
+        beside = (torch.cat(parts, -1).unflatten(-1, (len(parts), -1)) for parts in zip(*last, strict=True))
+        return (x, *(parts.movedim(-2, 0) for parts in beside))
+
+    return layers
+
+
+def _one_step(name: str) -> Callable:
+    """torch.lstm_cell and its like."""
+    cell, kept = _CELLS[name], 2 if name == "lstm" else 1
+
+    def step(x, state, into, recurrent, bias=None, recurrent_bias=None):
+        now = cell(F.linear(x, into, bias), state if kept == 2 else (state,), (recurrent, recurrent_bias, None))
+        return now if kept == 2 else now[0]
+
+    return step
+
+
+for _name in _CELLS:
+    _COMPOUND[_name] = _recurrent(_name)
+    _COMPOUND[_name + "_cell"] = _one_step(_name)

@@ -365,7 +365,7 @@ class Assigned(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, which has no rule, between layers that have one."""
+    """An LSTM between other layers."""
 
     def __init__(self):
         super().__init__()
@@ -375,6 +375,69 @@ class Recurrent(nn.Module):
     def forward(self, x):
         x, _ = self.lstm(self.inner(x.flatten(2).mT).relu())
         return self.fc(self.hidden(x[:, -1]).relu())
+
+
+class InSequence(nn.Module):
+    """A recurrent network along the columns of a map; the mean of its outputs, or a cell's last one, is read."""
+
+    def __init__(self, recurrent, size):
+        super().__init__()
+        self.inner, self.recurrent, self.fc = nn.Linear(3, 6), recurrent, nn.Linear(size, 4)
+
+    def forward(self, x):
+        x = self.inner(x.mean(2).mT).relu()
+        if isinstance(self.recurrent, nn.RNNCellBase):
+            state = None
+            for t in range(x.shape[1]):
+                state = self.recurrent(x[:, t], state)
+            return self.fc(state[0] if isinstance(state, tuple) else state)
+        return self.fc(self.recurrent(x)[0].mean(1))
+
+
+class HandMade(nn.Module):
+    """A gated cell as people write it."""
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.size, self.into, self.back = size, nn.Linear(6, 2 * size), nn.Linear(size, 2 * size)
+
+    def forward(self, x):
+        hidden, outputs = x.new_zeros(len(x), self.size), []
+        for t in range(x.shape[1]):
+            gate, new = (self.into(x[:, t]) + self.back(hidden)).chunk(2, -1)
+            hidden = gate.sigmoid() * hidden + (1 - gate.sigmoid()) * new.tanh()
+            outputs.append(hidden)
+        return torch.stack(outputs, 1), hidden
+
+
+class GroupedQueries(nn.Module):
+    """Six heads of queries, three of keys and values; rotary: with positions rotated in; normed: after an RMS norm."""
+
+    def __init__(self, rotary=False, normed=False):
+        super().__init__()
+        self.rotary, self.normed = rotary, normed
+        self.embed, self.q, self.o = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.k, self.v = nn.Linear(8, 12, bias=False), nn.Linear(8, 12)  # softmax takes no notice of a bias
+        self.norm, self.fc = nn.RMSNorm(4), nn.Linear(8, 4)
+        angles = torch.arange(8.0)[:, None] / torch.tensor([1.0, 10.0]).repeat(2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def heads(self, x):
+        x = x.unflatten(-1, (-1, 4)).transpose(1, 2)
+        if self.normed:
+            x = self.norm(x)
+        if not self.rotary:
+            return x
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat((-second, first), -1) * self.sin
+
+    def forward(self, x):
+        x = self.embed(x.mean(2).mT)
+        v = self.v(x).unflatten(-1, (3, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(self.heads(self.q(x)), self.heads(self.k(x)), v, is_causal=True,
+                                           enable_gqa=True)
+        return self.fc((x + self.o(y.transpose(1, 2).flatten(2))).mean(1))
 
 
 class ThroughAView(nn.Module):
@@ -469,7 +532,23 @@ HIDDEN = {
     "Gram": (Gram, IMAGES, 6),
     "Standardised": (Standardised, IMAGES, 6 + 8),
     "Assigned": (Assigned, IMAGES, 8),
-    "Recurrent": (Recurrent, IMAGES, 7),
+    "Recurrent": (Recurrent, IMAGES, 6 + 5 + 7),
+    "GRU, two layers, both ways": (
+        lambda: InSequence(nn.GRU(6, 5, 2, batch_first=True, bidirectional=True), 10), IMAGES, 6 + 4 * 5),
+    "LSTM with a projection": (
+        lambda: InSequence(nn.LSTM(6, 5, batch_first=True, proj_size=3), 3), IMAGES, 6 + 5 + 3),
+    "RNN": (lambda: InSequence(nn.RNN(6, 5, batch_first=True, nonlinearity="relu", bias=False), 5), IMAGES, 6 + 5),
+    "GRUCell": (lambda: InSequence(nn.GRUCell(6, 5), 5), IMAGES, 6 + 5),
+    "LSTMCell": (lambda: InSequence(nn.LSTMCell(6, 5), 5), IMAGES, 6 + 5),
+    "a gated cell by hand": (lambda: InSequence(HandMade(), 5), IMAGES, 6 + 5),
+    "grouped queries": (GroupedQueries, IMAGES, 8 + 12 + 12),
+    "grouped queries, rotary": (lambda: GroupedQueries(rotary=True), IMAGES, 8 + 12),
+    "grouped queries, normed": (lambda: GroupedQueries(normed=True), IMAGES, None),
+    "a weight's norm": (lambda: Applied(lambda m, x: m.inner(x).relu(), inner=nn.utils.weight_norm(nn.Conv2d(8, 8, 1))),
+                        IMAGES, 16),
+    "zeros in place of a bias": (
+        lambda: Applied(lambda m, x: m.inner(x) + m.zeros, inner=nn.Conv2d(8, 8, 1),
+                        zeros=nn.Buffer(torch.zeros(8, 1, 1), persistent=False)), IMAGES, 16),
     "ThroughAView": (ThroughAView, IMAGES, 0),
     "Vocabulary": (Vocabulary, ((5,),), 8),
     "SkipFromInput": (SkipFromInput, IMAGES, 5),

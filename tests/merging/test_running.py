@@ -223,7 +223,7 @@ def test_a_language_model_that_computes_in_float32_is_checked_in_float64(dtype):
     torch.manual_seed(0)
     ids, model = torch.randint(11, (1, 6)), Llama().to(dtype)
     spec = derive_spec(model, ids)
-    assert spec.sizes == {"embed.weight dim 1": 16, "gate": 24} and spec.of_tensor["q.weight"][0][1].dims != (0,)
+    assert spec.sizes == {"embed.weight dim 1": 16, "q": 2, "v": 8, "gate": 24} and spec.blocks == {"v": "q"}
     assert verify(model, spec, ids) < 1e-12
     by_hand = spec_from_axes(model, LLAMA, example=ids)
     assert sorted(by_hand.sizes.values()) == [16, 24]
@@ -676,3 +676,31 @@ def test_features_are_those_with_the_extra_state():
         return merge([state, other], HALVES, batches=[IMAGES], model=model, spec=spec).matches[0].correlation
 
     assert correlation(-1) < 0.5 and correlation(3) > 0.99
+
+
+class TokensDecide(nn.Module):
+    """What way it goes depends on whole numbers that are put in, and not on any tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.fc = nn.Embedding(5, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+
+    def forward(self, tokens):
+        mask = tokens != 0
+        x = self.embed(tokens)
+        if not mask.all():
+            x = x * mask[..., None]
+        return self.fc(self.hidden(x).relu().mean(1))
+
+
+def test_values_of_tokens_may_decide():
+    tokens = torch.tensor([[0, 1, 2, 3, 4]])
+    spec = derive_spec(TokensDecide(), tokens)
+    assert spec.sizes == {"embed.weight dim 1": 8, "hidden": 7}
+
+    class Looks(TokensDecide):
+        def forward(self, tokens):
+            return super().forward(tokens) if self.embed(tokens).sum() > 0 else super().forward(tokens) * 2
+
+    with pytest.raises(UnsupportedOperation, match="takes the values of a tensor out of the network"):
+        derive_spec(Looks(), tokens)
