@@ -38,7 +38,10 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     What the model's inputs and outputs hold is never permuted. What can't be permuted is listed in `spec.fixed`: an
     operation that is not known fixes what goes into it, and a tensor that the forward pass doesn't use stays as it is.
 
-    Raises UnsupportedOperation (a ValueError) where the values of a tensor decide what the forward pass does, for
+    Values of whole numbers that are put in (tokens) may decide what the forward pass does: the spec is of what it does
+    for the example then, for which it must use all tensors.
+
+    Raises UnsupportedOperation (a ValueError) where values of other tensors decide what the forward pass does, for
     scripted, traced and quantised models, and where parameters or buffers may be used in training only, but that can't
     be watched; ValueError when the model refuses the example, can't be copied, or doesn't pass the check.
     """
@@ -54,11 +57,16 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
         try:
             model.train()
-            _watch(model, inputs, *shared)
+            _watch(model, inputs, *shared, kept=trace.constants)
         except ValueError as error:
             failure = error
     everything = model.state_dict(keep_vars=True)
     unused = _unused(everything, names, state)
+    if unused and trace.decided:
+        raise UnsupportedOperation(
+            f"{len(unused)} tensors are not used by the forward pass of this example: {', '.join(unused[:5])}"
+            f"{' ...' if len(unused) > 5 else ''}. Values that are put in may decide that, as {trace.decided[0]} takes "
+            "them: pass an example for which all are used")
     if unused and failure:
         raise UnsupportedOperation(
             f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
@@ -117,11 +125,13 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 @torch.no_grad()
 def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, str],
-           state: dict[str, Layout], grouped: dict[str, Labels]) -> Trace:
+           state: dict[str, Layout], grouped: dict[str, Labels], kept: Mapping[Tensor, bool] | None = None) -> Trace:
+    """kept: constants that an earlier pass made, which may have stayed in a cache."""
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
     attributes += [buffer for buffer in model.buffers() if id(buffer) not in names]
     trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
+    trace.constants.update(kept or {})
     for x in tensors_of(inputs):
         trace.layouts[x], trace.alive[x] = (), True
         if not x.is_floating_point():

@@ -110,6 +110,10 @@ def _topk(trace: Trace, call: Call, input: Tensor, k: int, dim: int = -1, *_: An
 
 @rule("cat concat concatenate")
 def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> list[Layout]:
+    level = trace.units.level([trace.layout(tensor) for tensor in tensors])
+    for tensor, layout in zip(tensors, level, strict=True):
+        if tensor in trace.layouts:
+            trace.layouts[tensor] = layout
     return _move(trace, call, within=[dim])
 
 

@@ -59,7 +59,8 @@ class Trace(Watch):
     names: id -> name of the model's parameters and buffers. state: the layouts found so far of these.
     grouped: a grouped convolution's weight -> the units along its dimension 1. attributes: tensors of the model
         that are in no state dict. rules: function -> its rule.
-    readings: where layers read units. written: the memory that some operation has written to in place.
+    readings: where layers read units. decided: where values of inputs may have decided what is done.
+    written: the memory that some operation has written to in place.
     """
 
     def __init__(self, units: Units, names: dict[int, str], state: dict[str, Layout], grouped: dict[str, Labels],
@@ -75,6 +76,7 @@ class Trace(Watch):
         self.serial = 0
         self.constants: Any = WeakTensorKeyDictionary()  # made in the forward pass, of no tensor that counts
         self.readings: list[Reading] = []
+        self.decided: list[str] = []  # where values of whole numbers that are put in may decide what is done
         self.written: set[StorageWeakRef] = set()  # an address may be given to other memory later
         for tensor in attributes:
             self.constants[tensor] = True
@@ -186,6 +188,8 @@ class Trace(Watch):
             call.result = super().watch(call)
             self._note_constant(call)
             return call.result
+        if call.name in VALUES and any(t in self.given for t in known):
+            self.decided.append(f"{call.name}(){here()}")
         if call.name in VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known if t not in self.given):
             raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, which "
                                        "may depend on the order of its units: keep them in tensors")

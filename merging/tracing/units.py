@@ -143,6 +143,17 @@ class Units:
             result = [labels.reshape([n for d, n in enumerate(labels.shape) if d not in dims]) for labels in result]
         return tuple(result)
 
+    def level(self, layouts: Sequence[Layout]) -> list[Layout]:
+        """Where one tensor holds heads whose places are fixed, and another next to it units in heads: heads in both."""
+        everywhere = [{varied(labels) for labels in layout} for layout in layouts]
+        found = []
+        for layout, own in zip(layouts, everywhere, strict=True):
+            others = [theirs for theirs in everywhere if theirs and theirs != own]
+            found.append(tuple(next((self._pinned(labels, dims) for theirs in others for dims in theirs
+                                     if dims and dims < varied(labels) and varied(labels) not in theirs), labels)
+                               for labels in layout))
+        return found
+
     def _pinned(self, labels: Labels, kept: frozenset[int]) -> Labels:
         """One new unit for each place in the dimensions `kept`, of all that lies there: its order counts."""
         gone = varied(labels) - kept

@@ -429,6 +429,9 @@ class GroupedQueries(nn.Module):
             x = self.norm(x)
         if not self.rotary:
             return x
+        if self.rotary == "partly":
+            turned, left = x.chunk(2, -1)
+            return torch.cat((turned * self.cos[:, :2] + turned.flip(-1) * self.sin[:, :2], left), -1)
         first, second = x.chunk(2, -1)
         return x * self.cos + torch.cat((-second, first), -1) * self.sin
 
@@ -543,6 +546,7 @@ HIDDEN = {
     "a gated cell by hand": (lambda: InSequence(HandMade(), 5), IMAGES, 6 + 5),
     "grouped queries": (GroupedQueries, IMAGES, 8 + 12 + 12),
     "grouped queries, rotary": (lambda: GroupedQueries(rotary=True), IMAGES, 8 + 12),
+    "grouped queries, partly rotary": (lambda: GroupedQueries(rotary="partly"), IMAGES, 8 + 12),
     "grouped queries, normed": (lambda: GroupedQueries(normed=True), IMAGES, None),
     "a weight's norm": (lambda: Applied(lambda m, x: m.inner(x).relu(), inner=nn.utils.weight_norm(nn.Conv2d(8, 8, 1))),
                         IMAGES, 16),

@@ -704,3 +704,35 @@ def test_values_of_tokens_may_decide():
 
     with pytest.raises(UnsupportedOperation, match="takes the values of a tensor out of the network"):
         derive_spec(Looks(), tokens)
+
+    class Rarely(TokensDecide):
+        """What the other way would use can't be seen, so that it must not stay as it is."""
+
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(8, 8)
+
+        def forward(self, tokens):
+            return super().forward(tokens) if (tokens < 5).all() else self.fc(self.hidden(self.other(tokens)))
+
+    with pytest.raises(UnsupportedOperation, match="2 tensors are not used by the forward pass of this example: other"):
+        derive_spec(Rarely(), tokens)
+
+
+def test_constants_may_stay_in_a_cache():
+    kept = {}
+
+    class Cached(nn.Module):
+        """It keeps positions outside of itself, and has a tensor that no pass uses."""
+
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.fc, self.mask = nn.Linear(6, 8), nn.Linear(8, 4), nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            if "positions" not in kept:
+                kept["positions"] = torch.linspace(0, 1, 6, device=x.device)
+            return self.fc(self.hidden(x + kept["positions"].to(x)).relu())
+
+    spec = derive_spec(Cached(), torch.zeros(1, 6), check=False)
+    assert spec.sizes == {"hidden": 8} and spec.fixed["mask"] == "the forward pass does not use it"
