@@ -96,8 +96,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
 
 def of_timm(most: float) -> Iterator[Case]:
     """A small one of each of its families."""
-    import timm
-
+    timm = importlib.import_module("timm")
     for family in timm.list_modules():
         names = timm.list_models(module=family)
         if names:
@@ -112,9 +111,7 @@ def _size(name: str) -> tuple[int, int, str]:
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
-    import timm
-
-    model = timm.create_model(name, pretrained=False)
+    model = importlib.import_module("timm").create_model(name, pretrained=False)
     channels, height, width = model.pretrained_cfg["input_size"]
     small = torch.zeros(1, channels, min(height, 128), min(width, 128))
     try:
@@ -133,17 +130,16 @@ def of_transformers(most: float) -> Iterator[Case]:
 
 
 def _transformers(family: str, kind: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.for_model(family)
+    transformers = importlib.import_module("transformers")
+    config = transformers.AutoConfig.for_model(family)
     if kind == "text":
         small = {key: value for key, value in SMALL.items() if hasattr(config, key)}
         for left_out in (None, *small):  # not every combination is one
             with suppress(Exception):
-                config = AutoConfig.for_model(family, **{k: v for k, v in small.items() if k != left_out})
+                config = transformers.AutoConfig.for_model(family, **{k: v for k, v in small.items() if k != left_out})
                 break
     config.use_cache = False
-    model = AutoModel.from_config(config)
+    model = transformers.AutoModel.from_config(config)
     if kind == "text":
         tokens = torch.arange(24).reshape(2, 12) + 3
         return model, {"input_ids": tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}

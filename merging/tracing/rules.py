@@ -402,6 +402,11 @@ def _convolve(trace: Trace, call: Call, x: Tensor, weight: Tensor, bias: Tensor 
 def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor, groups: int) -> Layout:
     """Blocks of channels that are convolved by themselves: they can trade places, and units within them."""
     units, name = trace.units, trace.name(weight)
+    if name is None and weight.shape[:2] == (groups, 1):  # channel by channel, with weights that were made from others
+        own = trace.plain(weight, range(1, weight.ndim), call.name + here())
+        one_each = (1, groups, *(1,) * (x.ndim - 2))
+        return units.join([(layout, one_each), (tuple(labels.reshape(one_each) for labels in own), one_each)],
+                          call.name + here())
     if name is None or len(layout) > 1 or (layout and varied(layout[0]) != {1}):
         raise NoRule
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]

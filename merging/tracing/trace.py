@@ -216,6 +216,8 @@ class Trace(Watch):
         # A view may be the tensor itself, where there is nothing to do.
         in_place = any(result is tensor for result in results for tensor in call.tensors) and not (
             call.name in UNARY_VIEWS or call.name in MOVES)
+        if in_place:  # not of one value any more
+            self.written |= {StorageWeakRef(result.untyped_storage()) for result in results}
         depends = any(map(self.is_activation, call.tensors))
         given = all(tensor in self.given or tensor in self.constants for tensor in call.tensors)
         for result, layout in zip(results, self._layouts(call, in_place), strict=True):

@@ -548,6 +548,9 @@ HIDDEN = {
     "grouped queries, rotary": (lambda: GroupedQueries(rotary=True), IMAGES, 8 + 12),
     "grouped queries, partly rotary": (lambda: GroupedQueries(rotary="partly"), IMAGES, 8 + 12),
     "grouped queries, normed": (lambda: GroupedQueries(normed=True), IMAGES, None),
+    "channel by channel, by a part of a weight": (
+        lambda: Applied(lambda m, x: F.conv1d(x.flatten(2), m.inner.weight.unsqueeze(1), groups=8).relu().mean(2),
+                        inner=nn.Linear(3, 8, bias=False)), IMAGES, 8),
     "a weight's norm": (lambda: Applied(lambda m, x: m.inner(x).relu(), inner=nn.utils.weight_norm(nn.Conv2d(8, 8, 1))),
                         IMAGES, 16),
     "zeros in place of a bias": (
