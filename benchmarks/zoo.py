@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import segmentation, video
 
 from merging.permutation import derive_spec
 from storage.files import save_text
@@ -79,8 +80,6 @@ def of_torchvision(most: float) -> Iterator[Case]:
 
 
 def _torchvision(name: str) -> tuple[nn.Module, Any]:
-    from torchvision.models import segmentation, video
-
     kwargs: dict[str, Any] = {"weights": None}
     if name in torchvision.models.list_models(segmentation):
         kwargs["weights_backbone"] = None

@@ -92,8 +92,7 @@ def _bundles(units: Units) -> _Bundles:
         children, parents = np.unique(np.stack([of[inner], of[outer]]), axis=1)
         same = _same_blocks(children, parents, of, axis)
         if not same.size:
-            binds = _binds(children, parents, of, axis)
-            return _Bundles(of, axis, first, children[binds], parents[binds], (left, right))
+            return _Bundles(of, axis, first, children, parents, (left, right))
         ties.append((first[same[0]] * RANKS, first[same[1]] * RANKS))
 
 
@@ -108,39 +107,24 @@ def _same_blocks(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, 
     Not where that would make one of several blocks of a kind (groups of 4 channels and groups of 8), unless these have
     all of their units in common (heads of queries that share one of keys).
     """
+    blocks, number = np.unique(parents, return_inverse=True)
+    alike = _neighbours(blocks, _alike(number, children[None], len(blocks)))
+    if alike.size:
+        return alike
     size = bundle.max(initial=-1) + 1
-    content = _alike(parents, children[None], size)
-    blocks = np.unique(parents)
-    blocks = blocks[np.argsort(content[blocks], kind="stable")]
-    alike = np.diff(content[blocks]) == 0
-    if alike.any():
-        return np.stack([blocks[:-1][alike], blocks[1:][alike]])
     cluster = _components(children, parents + size, 2 * size)[size:]  # of blocks that share units
-    blocks = np.unique(parents)
     of_block = np.isin(bundle, blocks)
     kinds = np.unique(np.stack([bundle[of_block], axis[of_block]]), axis=1)
     places, times = np.unique(np.stack([cluster[kinds[0]], kinds[1]]), axis=1, return_counts=True)
-    torn = places[0][times > 1]
-    blocks = blocks[np.argsort(cluster[blocks], kind="stable")]
-    same = (np.diff(cluster[blocks]) == 0) & ~np.isin(cluster[blocks][1:], torn)
-    return np.stack([blocks[:-1][same], blocks[1:][same]])
+    same = _neighbours(blocks, cluster[blocks])
+    return same[:, ~np.isin(cluster[same[1]], places[0][times > 1])]
 
 
-def _binds(children: np.ndarray, parents: np.ndarray, bundle: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Whether lying in that block says anything of a bundle that lies in others, too.
-
-    It doesn't where all that could take the bundle's place lies in the block as well (a norm's weights that every head
-    is multiplied by).
-    """
-    several = np.bincount(children)[children] > 1
-    if not several.any():
-        return ~several
-    held = np.unique(np.stack([bundle, axis]), axis=1)  # (bundle, axis) pairs, by bundle
-    start, end = (np.searchsorted(held[0], children, side) for side in ("left", "right"))
-    of_child = np.concatenate([held[1, a:b] for a, b in zip(start, end, strict=True)])
-    pairs, inside = np.unique(np.stack([np.repeat(parents, end - start), of_child]), axis=1, return_counts=True)
-    everywhere = np.bincount(held[1])
-    return ~(several & ~np.isin(parents, pairs[0, inside < everywhere[pairs[1]]]))
+def _neighbours(blocks: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """(2, n): pairs that chain the blocks of each kind together."""
+    order = np.argsort(kinds, kind="stable")
+    same = np.diff(kinds[order]) == 0
+    return np.stack([blocks[order][:-1][same], blocks[order][1:][same]])
 
 
 def _reasons(units: Units, bundles: _Bundles) -> dict[int, str]:

@@ -62,16 +62,15 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
             failure = error
     everything = model.state_dict(keep_vars=True)
     unused = _unused(everything, names, state)
+    some = ", ".join(unused[:5]) + (" ..." if len(unused) > 5 else "")
     if unused and trace.decided:
         raise UnsupportedOperation(
-            f"{len(unused)} tensors are not used by the forward pass of this example: {', '.join(unused[:5])}"
-            f"{' ...' if len(unused) > 5 else ''}. Values that are put in may decide that, as {trace.decided[0]} takes "
-            "them: pass an example for which all are used")
+            f"{len(unused)} tensors are not used by the forward pass of this example: {some}. Values that are put in "
+            f"may decide that, as {trace.decided[0]} takes them: pass an example for which all are used")
     if unused and failure:
         raise UnsupportedOperation(
-            f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: "
-            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. Remove them from the model. Those of "
-            f"training only can't be seen, because {failure}")
+            f"{len(unused)} tensors are not used by the forward pass, so how to permute them is unknown: {some}. "
+            f"Remove them from the model. Those of training only can't be seen, because {failure}")
     spec = _spec(units, trace, everything, names)
     spec.fixed.update(dict.fromkeys(unused, "the forward pass does not use it"))
     if check and spec.sizes:
@@ -129,7 +128,7 @@ def _watch(model: nn.Module, inputs: Arguments, units: Units, names: dict[int, s
     """kept: constants that an earlier pass made, which may have stayed in a cache."""
     attributes = [value for module in model.modules() for key, value in vars(module).items()
                   if key not in ("_parameters", "_buffers", "_modules")]
-    attributes += [buffer for buffer in model.buffers() if id(buffer) not in names]
+    attributes += [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in names]
     trace = Trace(units, names, state, grouped, tensors_of(attributes), RULES)
     trace.constants.update(kept or {})
     for x in tensors_of(inputs):

@@ -41,7 +41,7 @@ def _elementwise(trace: Trace, call: Call, *_: Any, **__: Any) -> list[Layout]:
     if not first:  # parameters among themselves
         first, fresh = fresh, []
     where = call.name + here()
-    layout = trace.units.join([trace.operand(t) for t in first], where)
+    layout = trace.units.join([trace.term(t) for t in first], where)
     rank = len(shape)
     layout = tuple(labels.reshape((1,) * (rank - labels.ndim) + labels.shape) for labels in layout)
     # What none of the labelled operands has, and a fresh one does, holds no units.
@@ -118,8 +118,9 @@ def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_:
 
 
 @rule("chunk split tensor_split")
-def _chunk(trace: Trace, call: Call, input: Tensor, parts: Any, dim: int = 0) -> list[Layout]:
-    return _move(trace, call, within=[dim])
+def _chunk(trace: Trace, call: Call, *args: Any, dim: int = 0, **_: Any) -> list[Layout]:
+    """(tensor, parts, dim), of which only the last has one name in all of them."""
+    return _move(trace, call, within=args[2:] or [dim])
 
 
 @rule("unflatten select narrow index_select")
@@ -284,7 +285,7 @@ def _product(trace: Trace, call: Call, operands: Sequence[tuple[Tensor, str]], r
         for labels in trace.layout(tensor):
             if any(letters[d] not in result for d in varied(labels)):
                 trace.read(call, tensor, labels, named)
-    return _contract(trace, [(*trace.operand(t), letters) for t, letters in operands], result, named + here())
+    return _contract(trace, [(*trace.term(t), letters) for t, letters in operands], result, named + here())
 
 
 @rule("cosine_similarity")
@@ -295,7 +296,7 @@ def _cosine_similarity(trace: Trace, call: Call, x1: Tensor, x2: Tensor, dim: in
         for labels in trace.layout(x):
             if dim - rank + x.ndim in varied(labels):
                 trace.read(call, x, labels, call.name)
-    layout = trace.units.join([trace.operand(x1), trace.operand(x2)], call.name + here())
+    layout = trace.units.join([trace.term(x1), trace.term(x2)], call.name + here())
     return [trace.units.reduce(layout, [dim], keepdim=False)]
 
 
@@ -468,9 +469,9 @@ def _attention(trace: Trace, call: Call, query: Tensor, key: Tensor, value: Tens
     shape = (*q.shape[:-1], k.shape[-2])
     if mask is not None:
         if trace.name(mask) is None or trace.name(mask) in trace.state:
-            scores = trace.units.join([(scores, shape), trace.operand(mask)], call.name + here())
+            scores = trace.units.join([(scores, shape), trace.term(mask)], call.name + here())
         else:
             trace.adopt(mask, (1,) * (len(shape) - mask.ndim) + tuple(mask.shape), scores, call.name + here())
     trace.units.reduce(scores, [len(shape) - 1])
-    return [_contract(trace, [(scores, shape, batch + "nm"), (*trace.operand(v), batch + "me")], batch + "ne",
+    return [_contract(trace, [(scores, shape, batch + "nm"), (*trace.term(v), batch + "me")], batch + "ne",
                       call.name + here())]

@@ -107,11 +107,15 @@ class Trace(Watch):
         return self.state[name]
 
     def operand(self, tensor: Tensor) -> tuple[Layout, Shape]:
-        """Its layout and shape; a tensor of one value (a recurrent network's first state) is like a single number."""
-        return self.layout(tensor), (1,) * tensor.ndim if self.is_even(tensor) else tuple(tensor.shape)
+        return self.layout(tensor), tuple(tensor.shape)
 
-    def is_even(self, tensor: Tensor) -> bool:
-        return tensor in self.even and StorageWeakRef(tensor.untyped_storage()) not in self.written
+    def term(self, tensor: Tensor) -> tuple[Layout, Shape]:
+        """An operand of arithmetic: one of a single value (a recurrent network's first state) is like a number."""
+        return self.layout(tensor), (1,) * tensor.ndim if self.untouched(self.even, tensor) else tuple(tensor.shape)
+
+    def untouched(self, kind: Any, tensor: Tensor) -> bool:
+        """Whether a tensor was of this kind (`even`, `given`) and nothing was written to it since."""
+        return tensor in kind and StorageWeakRef(tensor.untyped_storage()) not in self.written
 
     def adopt(self, tensor: Tensor | None, shape: Shape, layout: Layout, where: str) -> None:
         """A tensor, seen as `shape`, takes part elementwise in something with this layout (of the same rank)."""
@@ -188,11 +192,13 @@ class Trace(Watch):
             call.result = super().watch(call)
             self._note_constant(call)
             return call.result
-        if call.name in VALUES and any(t in self.given for t in known):
-            self.decided.append(f"{call.name}(){here()}")
-        if call.name in VALUES and any(self.is_activation(t) or t.numel() > 1 for t in known if t not in self.given):
-            raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, which "
-                                       "may depend on the order of its units: keep them in tensors")
+        if call.name in VALUES:
+            own = [tensor for tensor in known if not self.untouched(self.given, tensor)]
+            if len(own) < len(known):
+                self.decided.append(f"{call.name}(){here()}")
+            if any(self.is_activation(tensor) or tensor.numel() > 1 for tensor in own):
+                raise UnsupportedOperation(f"{call.name}(){here()} takes the values of a tensor out of the network, "
+                                           "which may depend on the order of its units: keep them in tensors")
         call.result = super().watch(call)
         if call.name == "setitem":
             self._set(call)
@@ -202,7 +208,8 @@ class Trace(Watch):
 
     def _note_constant(self, call: Call) -> None:
         """What comes from no tensor that counts, and whether it is of one value."""
-        even = call.name in FILLED or bool(call.tensors and call.base in MOVES and all(map(self.is_even, call.tensors)))
+        moved = call.tensors if call.base in MOVES else []
+        even = call.name in FILLED or (moved and all(self.untouched(self.even, tensor) for tensor in moved))
         for tensor in call.results:
             self.constants[tensor] = True
             if even:
@@ -216,13 +223,11 @@ class Trace(Watch):
         # A view may be the tensor itself, where there is nothing to do.
         in_place = any(result is tensor for result in results for tensor in call.tensors) and not (
             call.name in UNARY_VIEWS or call.name in MOVES)
-        if in_place:  # not of one value any more
-            self.written |= {StorageWeakRef(result.untyped_storage()) for result in results}
+        for result in results if in_place else ():
+            self._write(result)
         depends = any(map(self.is_activation, call.tensors))
-        given = all(tensor in self.given or tensor in self.constants for tensor in call.tensors)
+        given = all(self.untouched(self.given, tensor) or tensor in self.constants for tensor in call.tensors)
         for result, layout in zip(results, self._layouts(call, in_place), strict=True):
-            if in_place:
-                self._write(result)
             if self.name(result) is None:
                 self.layouts[result] = layout
                 if depends:
@@ -259,7 +264,7 @@ class Trace(Watch):
             self.give_up(call)
         elif isinstance(value, Tensor):
             shape = tuple(x[index].shape)
-            self.units.join([(view, shape), self.operand(value)], "an assignment" + here())
+            self.units.join([(view, shape), self.term(value)], "an assignment" + here())
             if self.is_activation(value):
                 self.layouts.setdefault(x, ())
                 self.alive[x] = True

@@ -178,7 +178,8 @@ class _Passes:
         """Whether other values in the tensors that the spec permutes change the outputs."""
         numbers = {name: tensor for name, tensor in _numbers(self.state).items() if spec.of_tensor[name]}
         vectors = {name: tensor for name, tensor in numbers.items() if tensor.ndim == 1}
-        for tried in (vectors, *[numbers] * 5):  # few bytes often do; a choice of the largest may stay by chance
+        # Few bytes often do; a choice of the largest may come out the same by chance.
+        for tried in filter(None, (vectors, *[numbers] * 5)):
             other = {name: t * torch.randn((len(t), *(1,) * (t.ndim - 1)), generator=noise).to(t)
                      for name, t in tried.items()}
             try:

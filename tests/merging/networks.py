@@ -551,6 +551,11 @@ HIDDEN = {
     "channel by channel, by a part of a weight": (
         lambda: Applied(lambda m, x: F.conv1d(x.flatten(2), m.inner.weight.unsqueeze(1), groups=8).relu().mean(2),
                         inner=nn.Linear(3, 8, bias=False)), IMAGES, 8),
+    "zeros beside it": (lambda: Applied(lambda m, x: torch.cat((x, x.new_zeros(len(x), 4, *x.shape[2:])), 1),
+                                        features=12), IMAGES, 8),
+    "parts by keywords": (
+        lambda: Applied(lambda m, x: sum(x.chunk(chunks=2, dim=1)) * torch.tensor_split(x, sections=2, dim=1)[0],
+                        features=4), IMAGES, 4),
     "a weight's norm": (lambda: Applied(lambda m, x: m.inner(x).relu(), inner=nn.utils.weight_norm(nn.Conv2d(8, 8, 1))),
                         IMAGES, 16),
     "zeros in place of a bias": (

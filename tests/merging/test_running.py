@@ -705,6 +705,15 @@ def test_values_of_tokens_may_decide():
     with pytest.raises(UnsupportedOperation, match="takes the values of a tensor out of the network"):
         derive_spec(Looks(), tokens)
 
+    class Written(TokensDecide):
+        def forward(self, tokens):
+            chosen = tokens.clone()
+            chosen[:, 0] = self.embed(tokens)[:, 0].argmax(-1)
+            return super().forward(tokens) if chosen.sum() > 5 else super().forward(tokens) * 2
+
+    with pytest.raises(UnsupportedOperation, match="takes the values of a tensor out of the network"):
+        derive_spec(Written(), tokens)
+
     class Rarely(TokensDecide):
         """What the other way would use can't be seen, so that it must not stay as it is."""
 
