@@ -8,12 +8,13 @@ RUN := $(VENV)/bin/python
 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help demo test test-long lint
+.PHONY: help demo test test-long lint gpu
 help:
 	@echo "make demo       train, merge and draw results/demo.png (a few minutes)"
 	@echo "make test       run the test suite"
 	@echo "make test-long  run what it leaves out: the exhaustive tests, marked long"
 	@echo "make lint       run ruff"
+	@echo "make gpu        what a GPU makes of it all, in 25 minutes: gpu_results/report.md"
 
 demo: $(VENV)/.installed
 	$(RUN) demo.py
@@ -23,6 +24,9 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) -m long
+
+gpu: $(VENV)/.installed
+	$(RUN) -m benchmarks.gpu
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

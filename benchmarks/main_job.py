@@ -10,22 +10,29 @@ medians. With ResNet-20 on 32x32 images:
    already normalised and batched in memory, in the fastest of the memory formats tried;
 2. a DIMAT merge (ring, `bn_reset both`, augmented) against the bare forward passes it needs: each agent's model twice
    and each merged model once;
-3. one whole iteration (merge, evaluation, a local epoch of every agent, evaluation) in seconds.
+3. one whole iteration (merge, evaluation, a local epoch of every agent, evaluation) in seconds;
+4. on a CPU, real runs of main.py with `--workers=1` and with the default workers, once with the paper's settings and
+   once with ours: a merge with its evaluation against the bare forward passes of both (one process, all threads), and
+   an iteration with the default workers against one with `--workers=1`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import merging
+from benchmarks.processes import ROOT, measure
 from data.batches import Batches
 from data.datasets import Dataset, ImageSet, load_dataset
 from merging.activation_matching import READ_AT
@@ -132,17 +139,25 @@ def bare_training(setting: Setting, layout: torch.memory_format) -> Callable[[],
     return job
 
 
-def bare_passes(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
-    """The forward passes of a merge: two BatchNorm re-estimations (batch statistics) and one matching per agent."""
-    model, batches = setting.model(layout=layout), setting.preloaded(layout)
+def bare_passes(setting: Setting, layout: torch.memory_format, images: int = 0, evaluates: bool = False
+                ) -> Callable[[], None]:
+    """The forward passes of a merge: two BatchNorm re-estimations (batch statistics) and one matching per agent.
+
+    images: so many of them in place of all; evaluates: and each merged model and their average on the test images.
+    """
+    model, agents = setting.model(layout=layout), setting.topology.num_agents
+    batches = [x for x, _ in setting.preloaded(layout)][:-(-images // BATCH) or None]
+    passes = [(True, batches)] * 2 * agents + [(False, batches)] * agents
+    if evaluates:
+        tests = Batches(setting.dataset, setting.dataset.test, None, BATCH)
+        passes += [(False, [x.clone(memory_format=layout) for x, _ in tests])] * (agents + 1)
 
     @torch.inference_mode()
     def job() -> None:
-        for mode, passes in ((True, 2 * setting.topology.num_agents), (False, setting.topology.num_agents)):
+        for mode, inputs in passes:
             model.train(mode)
-            for _ in range(passes):
-                for x, _ in batches:
-                    model(x)
+            for x in inputs:
+                model(x)
 
     return job
 
@@ -188,6 +203,43 @@ def whole_iteration(setting: Setting) -> Callable[[], None]:
     return job
 
 
+PAPERS = f"--config={ROOT / 'configs/paper/dimat.yaml'}"
+MATCH_SAMPLES = 1000  # main.py's own
+
+
+def real_runs(setting: Setting, data: Sequence[str], threads: int) -> Iterator[str]:
+    """Rows of real runs of main.py, with one process and with the default number, against the passes they need."""
+    few = min(MATCH_SAMPLES, len(setting.dataset.train.labels))
+    for whose, flags, images in (("the paper's", [PAPERS], 0), ("our", [f"--match_samples={few}"], few)):
+        flags = [*data, f"--num_models={setting.topology.num_agents}", f"--width_multiplier={setting.width}",
+                 f"--batch_size={BATCH}", *flags, "--merg_itr=3", "--epochs=1"]
+        bare = {name: bare_passes(setting, layout, images, evaluates=True) for name, layout in LAYOUTS.items()}
+        spent: dict[str, list[float]] = {name: [] for name in (*bare, "1", "default", "1 whole", "default whole")}
+        for round_ in range(setting.repeats + 1):
+            for name, job in bare.items():
+                spent[name].append(seconds(job, setting.device))
+            for name, workers in (("1", ["--workers=1"]), ("default", [])) if round_ else ():
+                taken = measure([*flags, *workers], threads)
+                spent[name].append(taken["merged"])
+                spent[f"{name} whole"].append(taken["merged"] + taken["trained"])
+        best = min(LAYOUTS, key=lambda name: statistics.median(spent[name][1:]))
+
+        def versus(label: str, ours: str, other: list[float], bound: float, remark: str, spent: dict = spent) -> str:
+            ratio = statistics.median(a / b for a, b in zip(spent[ours], other, strict=True))
+            return row(label, statistics.median(spent[ours]), statistics.median(other), ratio, bound, remark)
+
+        for workers in ("1", "default"):
+            yield versus(f"{whose} merge, workers {workers} : passes", workers, spent[best][1:], 1.2, best)
+        yield versus(f"{whose} iteration, default : workers 1", "default whole", spent["1 whole"], 1.05, "--workers=1")
+
+
+def write_npz(dataset: Dataset, file: Path) -> None:
+    """For `--dataset=FILE.npz`."""
+    parts = {"train": dataset.train, "test": dataset.test}
+    np.savez(file, **{f"x_{name}": part.images.permute(0, 2, 3, 1).numpy() for name, part in parts.items()},
+             **{f"y_{name}": part.labels.numpy() for name, part in parts.items()})
+
+
 def compare(setting: Setting, label: str, bound: float, ours: Callable, bare: Callable) -> str:
     """A row of the table: our time, the bare loop's in its fastest layout, and the median ratio of the rounds."""
     jobs = {name: bare(setting, layout) for name, layout in LAYOUTS.items()}
@@ -198,7 +250,7 @@ def compare(setting: Setting, label: str, bound: float, ours: Callable, bare: Ca
 
 
 def row(label: str, ours: float, other: float, ratio: float, bound: float, remark: str) -> str:
-    return f"{label:<36}{ours:>9.3f}{other:>9.3f}{ratio:>8.3f}{bound:>8.2f}   {remark}"
+    return f"{label:<46}{ours:>9.3f}{other:>9.3f}{ratio:>8.3f}{bound:>8.2f}   {remark}"
 
 
 def main() -> None:
@@ -233,12 +285,21 @@ def main() -> None:
     print(f"ResNet-20 width {setting.width}, {sizes[0]} + {sizes[1]} {dataset.name} images of 32x32, batch {BATCH}, "
           f"ring of {options.agents}, features at {setting.match_at}\n{setting.device}, {options.threads} threads"
           f"{', training compiled' * setting.compile}, torch {torch.__version__}")
-    print(f"{'medians':<36}{'ours (s)':>9}{'them (s)':>9}{'ratio':>8}{'bound':>8}   the other side")
+    print(f"{'medians':<46}{'ours (s)':>9}{'them (s)':>9}{'ratio':>8}{'bound':>8}   the other side")
     print(compare(setting, "a local epoch : bare training loop", 1.05, local_epoch, bare_training), flush=True)
     print(compare(setting, "a DIMAT merge : its forward passes", 1.2, dimat_merge, bare_passes), flush=True)
     times = in_turns({"ours": whole_iteration(setting)}, setting.repeats, setting.device)["ours"]
     spent = statistics.median(times)
-    print(f"{'a whole iteration':<36}{spent:>9.3f}")
+    print(f"{'a whole iteration':<46}{spent:>9.3f}")
+    if options.device == "cpu":
+        with tempfile.TemporaryDirectory() as home:
+            data = ["--dataset=cifar10", f"--data_dir={options.data_dir}", f"--train_samples={sizes[0]}",
+                    f"--test_samples={sizes[1]}"]
+            if not options.data_dir:
+                data = [f"--dataset={home}/random.npz"]
+                write_npz(dataset, Path(home, "random.npz"))
+            for line in real_runs(setting, data, options.threads):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

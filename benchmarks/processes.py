@@ -18,24 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
-def measure(workers: int, threads: int, o: argparse.Namespace, home: Path) -> dict[str, float]:
-    """Seconds per iteration of the phases, and of everything with the start."""
-    command = [sys.executable, "-m", "main", f"--dataset={o.dataset}", f"--train_samples={o.train_samples}",
-               "--test_samples=500", f"--num_models={o.num_models}", "--width_multiplier=1", "--randominit",
-               "--diffinit", "--exp=2", f"--opt={o.opt}", f"--match_data={o.match_data}", "--training", "--epochs=2",
-               f"--merg_itr={o.merg_itr}", f"--workers={workers}", f"--data_dir={ROOT / 'datasets'}", "--overwrite",
-               f"--results_dir={home / 'results'}"]
-    began = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True,
-                   stdout=subprocess.DEVNULL)
-    taken = {"whole": time.perf_counter() - began}
-    table, = home.glob("results/**/metrics.csv")
-    rows = [row for row in csv.DictReader(table.open()) if row["agent"] == "0" and int(row["iteration"]) > 1]
+def measure(options: Sequence[str], threads: int) -> dict[str, float]:
+    """A run of main.py from random models: seconds per iteration of its phases, and of everything with the start."""
+    with tempfile.TemporaryDirectory() as home:
+        command = [sys.executable, "-m", "main", "--randominit", "--diffinit", "--exp=2", "--training",
+                   f"--data_dir={ROOT / 'datasets'}", f"--results_dir={home}", *options]
+        began = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True,
+                       stdout=subprocess.DEVNULL)
+        taken = {"whole": time.perf_counter() - began}
+        table, = Path(home).glob("**/metrics.csv")
+        rows = [row for row in csv.DictReader(table.open()) if row["agent"] == "0" and int(row["iteration"]) > 1]
     for phase in ("trained", "merged"):
         taken[phase] = statistics.median(float(row["seconds"]) for row in rows if row["phase"] == phase)
     return taken
@@ -55,11 +54,13 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {"one process, one thread": (1, 1), f"one process, {cores} threads": (1, cores),
                 f"{min(cores, o.num_models)} processes, {cores} threads in all": (min(cores, o.num_models), cores)}
+    options = [f"--dataset={o.dataset}", f"--train_samples={o.train_samples}", "--test_samples=500", "--epochs=2",
+               f"--num_models={o.num_models}", "--width_multiplier=1", f"--opt={o.opt}",
+               f"--match_data={o.match_data}", f"--merg_itr={o.merg_itr}"]
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in settings}
     for _ in range(o.repeats):
         for name, (workers, threads) in settings.items():
-            with tempfile.TemporaryDirectory() as home:
-                taken[name].append(measure(workers, threads, o, Path(home)))
+            taken[name].append(measure([*options, f"--workers={workers}"], threads))
     first = None
     print(f"{'':38}{'training':>18}{'merge':>18}{'whole run':>18}")
     for name, runs in taken.items():

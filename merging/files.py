@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -70,6 +69,7 @@ def save_model(path: Path, state: State) -> None:
     try:
         with open(temporary, "xb") as file:
             if path.suffix == ".safetensors":
+                import safetensors.torch  # by those who write such a file: nothing else needs it
                 # Tensors that share memory are written once for each name: that is how they are read.
                 file.write(safetensors.torch.save({key: value.clone() for key, value in plain.items()}))
             else:
@@ -104,6 +104,7 @@ def read_tensors(file: BinaryIO, path: Path, device: torch.device | str = "cpu",
             if zipped:
                 _check_records(file, all_of_them=not mmap)
             if _is_safetensors(file):
+                import safetensors.torch  # see above
                 return safetensors.torch.load_file(path, device=str(device))
             file.seek(0)
             content = torch.load(path if mmap else file, map_location=device, weights_only=True, mmap=mmap and zipped)
@@ -147,6 +148,8 @@ def _reason(file: BinaryIO, error: Exception) -> str:
     first = file.read(1024)
     if not first:
         return "it is empty"
+    if isinstance(error, ImportError):
+        return f"{error.name} is not installed"
     if first.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer instead of the file itself: fetch that by `git lfs pull`"
     if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):

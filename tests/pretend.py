@@ -1,0 +1,118 @@
+"""A device that isn't there: tensors say that they are on it, their values lie on the CPU, and what a real accelerator
+would refuse or wait for is refused or counted. Through it code that was written for GPUs runs where there is none.
+
+Refused: an operation with tensors of two devices (but for a number on the CPU, and copies), and a CPU's generator that
+is to draw on the device. Counted, by the line of ours that caused it: `waits`, each moment in which the host needs a
+value (item, nonzero, a copy to the CPU), and `uploads`, each copy to the device.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "pretend"
+aten = torch.ops.aten
+# What needs values on the host, to say what a number is or how large its outcome.
+WAITING = {aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
+           aten.unique_consecutive, aten.equal, aten.is_nonzero, aten.allclose, aten.bincount, aten.histc,
+           aten.linalg_eigh, aten._linalg_eigh, aten._linalg_svd}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+COPYING = {aten._to_copy, aten.copy_, aten.copy}
+
+
+class Pretend(torch.Tensor):
+    """A tensor on the device; `values` lie on the CPU."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Pretend:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
+            device=torch.device(NAME, 0), requires_grad=False)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise RuntimeError(f"{function} of a tensor on the {NAME} device, where none is")
+
+
+def is_ours(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+class Device(TorchDispatchMode):
+    """While it is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        here = [x for x in tensors if isinstance(x, Pretend)]
+        goal = kwargs.get("device")
+        if not here and not is_ours(goal):
+            return function(*args, **kwargs)
+        kind = function.overloadpacket
+        lands = is_ours(goal) if goal is not None else bool(here)
+        if kind is aten.copy_:
+            lands = isinstance(args[0], Pretend)
+        if kind in COPYING:
+            if lands and len(here) < len(tensors):
+                self.uploads[caller()] += 1
+            elif here and not lands:
+                self.waits[caller()] += 1
+        elif odd := [x for x in tensors if not isinstance(x, Pretend) and x.ndim]:
+            raise RuntimeError(f"tensors of two devices meet in {function}: {tuple(odd[0].shape)} is on the CPU")
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type != NAME:
+            raise RuntimeError(f"{function} draws on the {NAME} device with a generator of the {generator.device}")
+        masked = kind in INDEXING and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
+        if kind in WAITING or masked:
+            self.waits[caller()] += 1
+
+        def values(x: Any) -> Any:
+            return x.values if isinstance(x, Pretend) else torch.device("cpu") if is_device(x) else x
+
+        def wrapped(x: Any) -> Any:
+            known = {id(p.values): p for p in here}  # what was written to in place is the tensor that it was
+            return known.get(id(x)) or Pretend(x) if isinstance(x, torch.Tensor) else x
+
+        outcome = function(*tree_map(values, args), **tree_map(values, kwargs))
+        return tree_map(wrapped, outcome) if lands else outcome
+
+
+def is_device(x: Any) -> bool:
+    return isinstance(x, torch.device) and x.type == NAME
+
+
+def caller() -> str:
+    """The line of ours, outside the tests, that is being run."""
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)
+              and not Path(f.filename).is_relative_to(ROOT / "tests") and ".venv" not in f.filename]
+    return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno} {frames[-1].line}" if frames else ""
+
+
+@contextmanager
+def pretend() -> Iterator[tuple[torch.device, Device]]:
+    """The device, and what it counts."""
+    if not hasattr(torch, NAME):
+        _setup_privateuseone_for_python_backend(NAME)
+    with Device() as counts:
+        yield torch.device(NAME, 0), counts
