@@ -17,7 +17,7 @@ from agents.correction import DriftCorrection
 from agents.local import LocalTrainer, training_batches
 from agents.run import Agents
 from data.batches import Batches
-from merging import METHODS, Merged, Method, merge, outgoing
+from merging import METHODS, Merged, Method, all_outgoing, merge
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
 from merging.batch_norm import images_of, reestimate
@@ -208,12 +208,12 @@ class MergingAgents(Agents):
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
         shared = self.matching_batches(None, iteration) if self.settings.match_data == "all" else None
-        images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
-        matched: list[dict] = []
-        merged_with = dict.fromkeys(self.states, "")
         divided = self.divides(weights)
         if divided:
             shared = Divided(shared, self.network.team)
+        images = {i: self.matching_batches(i, iteration) if shared is None else shared for i in merging}
+        matched: list[dict] = []
+        merged_with = dict.fromkeys(self.states, "")
         try:
             models = self.exchange(iteration, weights, images, divided)
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
@@ -267,8 +267,8 @@ class MergingAgents(Agents):
         """The models that the agents here merge in this iteration, their own too; with_team: see `Network.share`."""
         s, everybody = self.settings, range(self.num_agents)
         aligns = self.alignment is not None and bool(self.alignment.turns(iteration).towards)
-        lent = {i: outgoing(self.trainer.model, self.states[i], images[i], s.bn_reset,
-                            compared=aligns or self.method.reads_images) for i in images}
+        lent = all_outgoing(self.trainer.model, {i: self.states[i] for i in images}, images, s.bn_reset,
+                            compared=aligns or self.method.reads_images)
 
         def share(lent: Mapping[int, State], lenders: Sequence[int], turn: int) -> dict[int, State]:
             arrived = self.network.share(iteration, {i: self.sent(i, lent[i]) for i in lent if i in lenders},

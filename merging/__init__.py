@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from merging.activation_matching import Edge, Matching, Pairing
 from merging.averaging import ROBUST, State, robust_average, weighted_average
-from merging.batch_norm import Batches, device_of, reestimate, tracked_norms
+from merging.batch_norm import Batches, device_of, tracked_norms
+from merging.divided import reestimate_all
 from merging.inputs import first_image, images_per_agent, mixing_matrix, model_and_states
 from merging.methods import METHODS, Average, Method, register_method
 from merging.permutation import Permutations, PermutationSpec, derive_spec, permute
 from merging.repair import repair
 from merging.tracing.running import is_mixed
 
-__all__ = ["BN_RESETS", "METHODS", "Match", "Matching", "Merged", "Method", "Pairing", "all_alike", "matches", "merge",
-           "outgoing", "register_method"]
+__all__ = ["BN_RESETS", "METHODS", "Match", "Matching", "Merged", "Method", "Pairing", "all_alike", "all_outgoing",
+           "matches", "merge", "outgoing", "register_method"]
 
 BN_RESETS = ("none", "after", "both", "repair")
 BEFORE = ("both", "repair")
@@ -71,8 +72,14 @@ class Merged(Sequence):
 def outgoing(model: nn.Module, state: State, batches: Batches | None, bn_reset: str, compared: bool) -> State:
     """What an agent lends its neighbours for a merge: its model, where `bn_reset` asks for that and its activations are
     to be `compared` with BatchNorm's statistics of its own images. Its owner can do that once for all of them."""
+    return all_outgoing(model, {0: state}, {0: batches}, bn_reset, compared)[0]
+
+
+def all_outgoing(model: nn.Module, states: Mapping[int, State], images: Mapping[int, Batches | None], bn_reset: str,
+                 compared: bool) -> dict[int, State]:
+    """The same of several agents: see `outgoing`."""
     # Only activations depend on running statistics: otherwise it would change nothing.
-    return reestimate(model, state, batches) if compared and bn_reset in BEFORE else state
+    return reestimate_all(model, states, images) if compared and bn_reset in BEFORE else dict(states)
 
 
 def merge(
@@ -176,8 +183,8 @@ def merge(
     if way.permutes and spec is None and bases:
         spec = derive_spec(model, first_image(images[bases[0]], device_of(model.state_dict())))
     senders = list(states)
-    for i in involved if resets_first else ():
-        senders[i] = outgoing(model, states[i], images[i], bn_reset, compared=True)
+    for i, state in all_outgoing(model, {i: states[i] for i in involved}, images, bn_reset, resets_first).items():
+        senders[i] = state
 
     matched: list[Match] = []
     permutations: dict[Edge, Permutations] = {}
@@ -202,8 +209,8 @@ def merge(
         merged[i] = senders[i] | _average(way, robust)([_mixed(s) for s in moved], shares, sources[i].index(i))
         if repairs:
             merged[i] = repair(model, merged[i], moved, shares, images[i])
-        if resets:
-            merged[i] = reestimate(model, merged[i], images[i])
+    if resets:
+        merged = reestimate_all(model, merged, images)
     result: list[State | None] = [None] * len(states)
     for i in wanted:
         if once or i in merged:

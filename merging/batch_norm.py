@@ -17,6 +17,7 @@ from merging.tracing.running import own_copy, run
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
+AT_ONCE = 64  # batches whose statistics lie on the device before they are added up
 IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input")
 
 
@@ -85,17 +86,73 @@ def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     """
     if not tracked_norms(model):
         return state
-    device = device_of(state)
-    model = own_copy(model).to(device)
-    model.load_state_dict(state)
-    norms = tracked_norms(model)
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average; only in this copy
-        norm.train()
-    with torch.no_grad():
-        for k, x in enumerate(images_of(batches, device, "BatchNorm")):
-            if k == 0 or len(x) > 1:
-                run(model, x)
-    fresh = {f"{name}.{key}".lstrip("."): value for name, norm in norms.items() for key, value in norm.named_buffers()}
-    return {key: fresh[key].to(value.dtype) if key in fresh else value for key, value in state.items()}
+    estimate = Estimate(model, state)
+    for x in telling(images_of(batches, device_of(state), "BatchNorm")):
+        estimate.see(x)
+    return estimate.state(estimate.sums())
+
+
+def telling(images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Without batches of a single image, unless it is the first."""
+    return (x for k, x in enumerate(images) if k == 0 or len(x) > 1)
+
+
+class Estimate:
+    """BatchNorm's statistics of a model as the mean of those of the batches that it sees.
+
+    They are added up in float64, so that it is of no account which process has seen which batch.
+    """
+
+    def __init__(self, model: nn.Module, state: State) -> None:
+        self.given, self.runner = state, own_copy(model).to(device_of(state))
+        self.runner.load_state_dict(state)
+        self.norms = tracked_norms(self.runner)
+        self.layers = list(dict.fromkeys(self.norms.values()))  # some may have several names
+        for norm in self.layers:
+            norm.reset_running_stats()
+            # What runs then is what the last call saw. With None, the mean over the calls, each would wait for the GPU.
+            norm.momentum = 1.0  # only in this copy
+            norm.train()
+            norm.register_forward_hook(self._note)
+        self.of_batch: dict[nn.Module, Tensor] = {}
+        self.seen: list[Tensor] = []
+        self.calls = dict.fromkeys(self.layers, 0)
+        self.sizes = [2 * norm.running_mean.numel() for norm in self.layers]
+        self.added = torch.zeros(sum(self.sizes), dtype=torch.float64)
+
+    def _note(self, norm: nn.Module, *_: Any) -> None:
+        found = torch.cat([norm.running_mean, norm.running_var])
+        self.of_batch[norm] = self.of_batch[norm] + found if norm in self.of_batch else found
+        self.calls[norm] += 1
+
+    @torch.no_grad()
+    def see(self, images: Tensor) -> None:
+        self.of_batch.clear()
+        run(self.runner, images)
+        self.seen.append(torch.cat([self.of_batch.get(norm, norm.running_mean.new_zeros(size))
+                                    for norm, size in zip(self.layers, self.sizes, strict=True)]))
+        if len(self.seen) == AT_ONCE:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self.seen:
+            self.added += torch.stack(self.seen).cpu().double().sum(0)
+            self.seen.clear()
+
+    def sums(self) -> Tensor:
+        """float64 (n,), on the CPU: how often each layer was called, and the sums of its means and variances."""
+        self._add_up()
+        return torch.cat([torch.tensor([*self.calls.values()], dtype=torch.float64), self.added])
+
+    def state(self, sums: Tensor) -> State:
+        """The state dict with the statistics of all that these `sums` are of."""
+        calls, added = sums.split([len(self.layers), sum(self.sizes)])
+        for norm, count, both in zip(self.layers, calls, added.split(self.sizes), strict=True):
+            norm.reset_running_stats()
+            if count:  # else no batch comes by this layer
+                norm.num_batches_tracked.copy_(count)
+                for kept, mean in zip((norm.running_mean, norm.running_var), (both / count).chunk(2), strict=True):
+                    kept.copy_(mean)
+        fresh = {f"{name}.{key}".lstrip("."): value
+                 for name, norm in self.norms.items() for key, value in norm.named_buffers()}
+        return {key: fresh[key].to(value.dtype) if key in fresh else value for key, value in self.given.items()}

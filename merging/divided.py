@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from merging.batch_norm import Batches
+from merging.averaging import State
+from merging.batch_norm import Batches, Estimate, device_of, images_of, reestimate, telling, tracked_norms
 
 
 class Team(Protocol):
@@ -33,6 +36,7 @@ class Divided:
 
     Whoever iterates over it reads all images. Matching by activations reads this process's `part` of each batch, for
     the pairs of models of all processes, and adds the sums up: so all processes must hold the models of all of them.
+    BatchNorm's statistics, which are means over whole batches, are estimated batch by batch in turns.
     """
 
     batches: Batches
@@ -51,3 +55,27 @@ class Divided:
     def all_of(self, edges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """The edges that the processes want, sorted, each once."""
         return sorted({edge for wanted in self.team.everybody(list(edges)) for edge in wanted})
+
+
+def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mapping[int, Batches]) -> dict[int, State]:
+    """BatchNorm's statistics of several models, each on its own images: see `reestimate`.
+
+    Where the images are `Divided`, a team's processes share the passes of all their models evenly. What comes out is
+    what one process finds.
+    """
+    divided = next((batches for batches in images.values() if isinstance(batches, Divided)), None)
+    if divided is None or not tracked_norms(model):
+        return {i: reestimate(model, state, images[i]) for i, state in states.items()}
+    team, device = divided.team, device_of(next(iter(states.values())))
+    theirs = team.everybody({i: {key: t.cpu() for key, t in state.items()} for i, state in states.items()})
+    everybodys = {i: {key: t.to(device) for key, t in state.items()} for one in theirs for i, state in one.items()}
+    estimates = {i: Estimate(model, states.get(i, everybodys[i])) for i in sorted(everybodys)}
+    turns = itertools.cycle(range(team.size))
+    for x in telling(images_of(divided, device, "BatchNorm")):
+        for estimate in estimates.values():
+            if next(turns) == team.place:
+                estimate.see(x)
+    sums = [estimate.sums() for estimate in estimates.values()]
+    of_all = team.total(torch.cat(sums)).split([*map(len, sums)])
+    return {i: estimate.state(total) for (i, estimate), total in zip(estimates.items(), of_all, strict=True)
+            if i in states}

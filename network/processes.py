@@ -161,8 +161,10 @@ class _Here:
 
 
 def homes(num_agents: int, world: int) -> dict[int, int]:
-    """Agent -> rank: blocks of neighbouring numbers."""
-    return {i: r for r, block in enumerate(np.array_split(range(num_agents), world)) for i in block.tolist()}
+    """Agent -> rank: blocks of neighbouring numbers; the smaller ones first, as rank 0 evaluates the average too."""
+    last = num_agents - 1
+    return {last - i: world - 1 - r for r, block in enumerate(np.array_split(range(num_agents), world))
+            for i in block.tolist()}
 
 
 def _living_at(rank: int, home: Mapping[int, int]) -> str:

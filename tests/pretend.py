@@ -8,7 +8,9 @@ value (item, nonzero, a copy to the CPU), and `uploads`, each copy to the device
 
 from __future__ import annotations
 
-import traceback
+import linecache
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-ROOT = Path(__file__).resolve().parent.parent
+OURS = f"{Path(__file__).resolve().parent.parent}{os.sep}"
+NOT_OURS = (f"{OURS}tests{os.sep}", f"{OURS}.venv")
 NAME = "pretend"
 aten = torch.ops.aten
 # What needs values on the host, to say what a number is or how large its outcome.
@@ -44,6 +47,20 @@ class Pretend(torch.Tensor):
         self.values = values
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.values.untyped_storage()
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Pretend) -> None:
+        self.values = other.values
+
+    def __repr__(self) -> str:
+        return f"{NAME}: {self.values!r}"
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -87,12 +104,15 @@ class Device(TorchDispatchMode):
         if kind in WAITING or masked:
             self.waits[caller()] += 1
 
+        known = {id(x.values): x for x in here}  # what is written to in place stays the tensor that it was
+
         def values(x: Any) -> Any:
             return x.values if isinstance(x, Pretend) else torch.device("cpu") if is_device(x) else x
 
         def wrapped(x: Any) -> Any:
-            known = {id(p.values): p for p in here}  # what was written to in place is the tensor that it was
-            return known.get(id(x)) or Pretend(x) if isinstance(x, torch.Tensor) else x
+            if not isinstance(x, torch.Tensor):
+                return x
+            return known[id(x)] if id(x) in known else Pretend(x)
 
         outcome = function(*tree_map(values, args), **tree_map(values, kwargs))
         return tree_map(wrapped, outcome) if lands else outcome
@@ -104,9 +124,13 @@ def is_device(x: Any) -> bool:
 
 def caller() -> str:
     """The line of ours, outside the tests, that is being run."""
-    frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(ROOT)
-              and not Path(f.filename).is_relative_to(ROOT / "tests") and ".venv" not in f.filename]
-    return f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno} {frames[-1].line}" if frames else ""
+    frame = sys._getframe()
+    while frame:
+        if frame.f_code.co_filename.startswith(OURS) and not frame.f_code.co_filename.startswith(NOT_OURS):
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            return f"{frame.f_code.co_filename.removeprefix(OURS)}:{frame.f_lineno} {line}"
+        frame = frame.f_back
+    return ""
 
 
 @contextmanager
@@ -114,5 +138,10 @@ def pretend() -> Iterator[tuple[torch.device, Device]]:
     """The device, and what it counts."""
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME)
-    with Device() as counts:
-        yield torch.device(NAME, 0), counts
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes it on the CPU and moves it
+    try:
+        with Device() as counts:
+            yield torch.device(NAME, 0), counts
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)

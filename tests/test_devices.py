@@ -1,8 +1,12 @@
 """What trains, compares, merges and mixes models does it where they are: on a device that the machine lacks, which
 refuses what a GPU would refuse and counts what a GPU would wait for."""
 
+import inspect
+from collections.abc import Iterable
+
 import pytest
 import torch
+from torch import nn
 from torch.utils import backend_registration
 
 from benchmarks.iteration import agents_of, iterate
@@ -10,6 +14,7 @@ from data.datasets import Dataset, ImageSet
 from merging import METHODS
 from merging.averaging import ROBUST
 from models import build_model, training
+from models.registry import MODELS
 from network.wire import WIRES, through
 from optimizers import BASELINES
 from optimizers.corrections import CORRECTIONS
@@ -19,8 +24,38 @@ from utils.seeds import generator
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                                 reason="this PyTorch can't register a device in Python")
 BATCH, AGENTS = 8, 3
-ALL = ["--dataset=digits", f"--num_models={AGENTS}", f"--batch_size={BATCH}", "--randominit", "--topology=ring"]
-MAIN = [*ALL, "--training", "--epochs=1", "--match_samples=0"]
+ALL = ["--dataset=digits", f"--num_models={AGENTS}", f"--batch_size={BATCH}", "--randominit", "--topology=ring",
+       "--model=small"]
+MAIN = [*ALL, "--training", "--epochs=1", "--match_samples=0", "--optim=sgd", "--lr=0.01"]
+
+
+def mostly_long(names: Iterable, usual: object) -> list:
+    """All of them, but `make test` takes the usual one only."""
+    return [name if name == usual else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+class Small(nn.Module):
+    """What the larger networks have, once: a shortcut around convolutions, BatchNorm, a layer without it."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv, self.group = nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6)
+        self.out = nn.Linear(6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.out((x + self.group(self.conv(x)).relu()).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    def build(num_classes, in_channels=3, image_size=8, **_):
+        return Small(num_classes, in_channels)
+
+    monkeypatch.setitem(MODELS, "small", build)
+    # Tensors of a class in Python can't be made in inference mode.
+    monkeypatch.setattr(training, "evaluate", torch.no_grad()(inspect.unwrap(training.evaluate)))
 
 
 def images(count: int) -> Dataset:
@@ -45,14 +80,15 @@ def work(argv: list[str], device: torch.device | str, batches: int = 2, counts: 
     return agents.report(2)
 
 
-def does_as_on_a_cpu(argv: list[str]) -> None:
-    """On the device it does what it does on the CPU, and waits no more often for twice as many batches."""
+def does_as_on_a_cpu(argv: list[str], may_wait_at: str = "nowhere") -> None:
+    """On the device it does what it does on the CPU, and waits no more often for more batches."""
     with pretend() as (device, counts):
         ours = work(argv, device, counts=counts)
         few = counts.waits.copy(), counts.uploads.copy()
-        work(argv, device, 4, counts)
+        work(argv, device, 3, counts)
         for before, after in zip(few, (counts.waits, counts.uploads), strict=True):
-            assert not after - before, f"with twice as many batches more often: {dict(after - before)}"
+            more = {line: count for line, count in (after - before).items() if may_wait_at not in line}
+            assert not more, f"with more batches more often: {more}"
         for i, theirs in work(argv, "cpu").items():
             assert theirs["evaluation"].loss == pytest.approx(ours[i]["evaluation"].loss, rel=1e-2)
             for key, value in theirs["state"].items():
@@ -60,31 +96,41 @@ def does_as_on_a_cpu(argv: list[str]) -> None:
                                            msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_long(METHODS, "DIMAT"))
 def test_merging_and_training(method):
     does_as_on_a_cpu([*MAIN, f"--opt={method}"])
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", mostly_long(CORRECTIONS, "LED"))
 def test_a_correction(correction):
     does_as_on_a_cpu([*MAIN, "--opt=COMMON", f"--correction={correction}", "--wire=int8", "--loss=adjusted"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [["--match_data=local"], ["--match_at=last"], ["--match_prior=identity"],
-                                     ["--bn_reset=repair"], ["--optim=sgd", "--momentum=0.9"], ["--norm=group"],
-                                     ["--norm=evonorm"]])
+                                     ["--bn_reset=repair"], ["--momentum=0.9"]])
 def test_what_can_be_chosen(options):
     does_as_on_a_cpu([*MAIN, "--opt=DIMAT", *options])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("robust", [name for name in ROBUST if name != "none"])
 def test_a_robust_average(robust):
     does_as_on_a_cpu([*MAIN, "--opt=WA", f"--robust={robust}", "--topology=fully_connected"])
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", mostly_long(BASELINES, "SGP"))
 def test_a_baseline(method):
-    does_as_on_a_cpu([*ALL, f"--opt={method}", "--epochs=2", "--num_epochs=1", "--eval_bn=all"])
+    # CGA solves a small quadratic program in each step, on the host.
+    does_as_on_a_cpu([*ALL, f"--opt={method}", "--epochs=2", "--num_epochs=1", "--eval_bn=all"],
+                     may_wait_at="gram" if method == "CGA" else "nowhere")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["resnet20", "resnet20,group", "resnet20,evonorm"])
+def test_our_models(model):
+    name, _, norm = model.partition(",")
+    does_as_on_a_cpu([*MAIN, "--opt=DIMAT", f"--model={name}", f"--norm={norm or 'batch'}", "--width_multiplier=1"])
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -106,7 +152,7 @@ def test_two_devices_may_not_meet():
 
 def test_a_number_may_come_from_the_cpu():
     with pretend() as (device, _):
-        assert (torch.ones(3, device=device) + torch.tensor(1.0)).tolist() == [2, 2, 2]
+        assert (torch.ones(3, device=device) + torch.tensor(1.0)).sum().item() == 6
 
 
 def test_a_generator_draws_where_it_is():
@@ -114,7 +160,7 @@ def test_a_generator_draws_where_it_is():
         torch.randint(3, (2,), device=device, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("look", [float, bool, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist,
+@pytest.mark.parametrize("look", [float, bool, torch.Tensor.item, torch.Tensor.cpu,
                                   lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: torch.equal(x, x)])
 def test_a_look_at_a_value_is_a_wait(look):
     with pretend() as (device, counts):
@@ -129,5 +175,5 @@ def test_a_wait_in_a_loop_over_batches_is_seen(monkeypatch):
         return usual(model, ((x, y) for x, y in batches if float(x.sum()) < 1e9), *rest)
 
     monkeypatch.setattr(training, "train_epoch", waiting)
-    with pytest.raises(AssertionError, match="twice as many batches"):
+    with pytest.raises(AssertionError, match="with more batches"):
         does_as_on_a_cpu([*MAIN, "--opt=WA"])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from merging.activation_matching import Comparison, match_activations, similarities
-from merging.divided import Divided
+from merging.batch_norm import reestimate
+from merging.divided import Divided, reestimate_all
 from merging.permutation import derive_spec
 
 EDGES = [(0, 1), (1, 2), (2, 3), (3, 0)]
@@ -114,3 +115,42 @@ def test_too_few_images_for_all_are_read_by_all(problem):
                                                              Divided(batches, member))):
         for edge, pairing in mine.items():
             assert pairing.correlations == whole[edge].correlations
+
+
+class Normed(nn.Module):
+    """A network with a layer that runs twice and one that never does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+        self.alias, self.twice, self.never = self.norm, nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.twice(self.twice(self.norm(self.conv(x)).relu()).relu()).sum((2, 3))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_team_estimates_what_one_estimates_in_as_many_passes(problem, size, monkeypatch):
+    batches = problem[-1]
+    states = {}
+    for i in (2, 5, 7):
+        torch.manual_seed(i)
+        states[i] = Normed().double().state_dict()
+    model = Normed().double()
+    whole = {i: reestimate(model, state, batches) for i, state in states.items()}
+    passes = []
+    usual = Normed.forward
+    monkeypatch.setattr(Normed, "forward", lambda self, x: passes.append(len(x)) or usual(self, x))
+    homes = [[2, 5, 7][place::size] for place in range(size)]
+    found = together(size, lambda member: reestimate_all(
+        model, {i: states[i] for i in homes[member.place]},
+        dict.fromkeys(homes[member.place], Divided(batches, member))))
+    assert sorted(passes) == sorted([9, 9, 7] * 3)  # the last batch is of one image
+    for mine, own in zip(found, homes, strict=True):
+        assert list(mine) == own
+        for i, state in mine.items():
+            assert state.keys() == whole[i].keys()
+            for key, value in whole[i].items():
+                torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-12)
+            assert state["conv.weight"] is states[i]["conv.weight"]
+            assert state["norm.num_batches_tracked"] == 3 and state["never.running_var"].eq(1).all()
