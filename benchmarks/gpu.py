@@ -120,7 +120,7 @@ def report(out: Path, o: argparse.Namespace, device: torch.device) -> None:
              f"{o.data or f'{o.train_samples} random images'}", ""]
     for stage in STAGES.values():
         rows = read(out, stage.name)
-        lines += [f"## {stage.name}", stage.function.__doc__.strip().split("\n\n")[0], ""]
+        lines += [f"## {stage.name}", " ".join(stage.function.__doc__.split()), ""]
         ended = [row for row in rows if row.keys() == {"what"}]
         lines += table([row for row in rows if row not in ended]) if len(rows) > len(ended) else []
         lines += ["", *(row["what"] for row in ended if row["what"] != DONE), ""] if rows else ["not begun", ""]
