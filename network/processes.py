@@ -161,10 +161,8 @@ class _Here:
 
 
 def homes(num_agents: int, world: int) -> dict[int, int]:
-    """Agent -> rank: blocks of neighbouring numbers; the smaller ones first, as rank 0 evaluates the average too."""
-    last = num_agents - 1
-    return {last - i: world - 1 - r for r, block in enumerate(np.array_split(range(num_agents), world))
-            for i in block.tolist()}
+    """Agent -> rank: blocks of neighbouring numbers; a small one first, as rank 0 evaluates the average too."""
+    return {i: ((i + 1) * world - 1) // num_agents for i in range(num_agents)}
 
 
 def _living_at(rank: int, home: Mapping[int, int]) -> str:

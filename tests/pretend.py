@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 OURS = f"{Path(__file__).resolve().parent.parent}{os.sep}"
 NOT_OURS = (f"{OURS}tests{os.sep}", f"{OURS}.venv")
 NAME = "pretend"
+CAN_BE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # in new versions of PyTorch
+if CAN_BE:  # at once: later than the process's first backward pass, autograd doesn't know of it
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
 aten = torch.ops.aten
 # What needs values on the host, to say what a number is or how large its outcome.
 WAITING = {aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -136,8 +139,6 @@ def caller() -> str:
 @contextmanager
 def pretend() -> Iterator[tuple[torch.device, Device]]:
     """The device, and what it counts."""
-    if not hasattr(torch, NAME):
-        _setup_privateuseone_for_python_backend(NAME)
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes it on the CPU and moves it
     try:
