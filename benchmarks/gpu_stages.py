@@ -450,13 +450,15 @@ def throughput(target: Target, results: Results, limit: float) -> None:
 
     bare = min(timed(f"bare training loop, {name}", lambda layout=layout: bare_training(setting, layout))
                for name, layout in LAYOUTS.items())
-    ours = timed("our local epoch", lambda: local_epoch(setting))
-    results.add(what="our local epoch : bare training loop", ratio=ours / bare)
+    epoch = timed("our local epoch", lambda: local_epoch(setting))
+    results.add(what="our local epoch : bare training loop", ratio=epoch / bare)
     matched = Setting(with_first(dataset, 2000), setting.topology, target.width, 3, "all", compile=False)
     passes = 3 * target.agents * len(matched.dataset.train)
     bare = timed("bare forward passes of a merge", lambda: bare_passes(matched, last), passes)
     ours = timed("our DIMAT merge", lambda: dimat_merge(matched), passes)
     results.add(what="our DIMAT merge : its bare passes", ratio=ours / bare)
+    whole = epoch * 300 * CELL / count + ours * 100 * CELL / len(matched.dataset.train)
+    results.add(what="a cell of configs/paper/tables.yaml: 50,000 images, 300 epochs, 100 merges", hours=whole / 3600)
     shared = count // target.agents // BATCH * BATCH * target.agents
     one = timed("agents' bare loops, one after the other", lambda: one_by_one(setting, last), shared)
     both = timed("agents' bare loops, side by side (vmap)", lambda: side_by_side(setting, last), shared)
@@ -478,6 +480,9 @@ def throughput(target: Target, results: Results, limit: float) -> None:
                             seconds=taken["trained"])
                 results.add(what=f"main.py, {workers} process{'es' * (workers > 1)}: merge and evaluation",
                             seconds=taken["merged"])
+
+
+CELL = 50_000  # CIFAR's training images
 
 
 def with_first(dataset: Dataset, count: int) -> Dataset:
@@ -535,8 +540,8 @@ def cell(target: Target, results: Results, limit: float) -> None:
                                              f"--epochs={epochs}", f"--width_multiplier={target.width}"], Path(home))
         for opt in ("dimat", "wa"):
             left = limit - (time.perf_counter() - began)
-            run_for(left, "main", [f"--config={ROOT}/configs/paper/{opt}.yaml", f"--ckp={checkpoint}", "--exp=2",
-                                   f"--merg_itr={MERGES}", "--training", f"--device={target.device}",
+            run_for(left, "main", [f"--config={ROOT}/configs/paper/{opt}.yaml", *named[:4], f"--ckp={checkpoint}",
+                                   "--exp=2", f"--merg_itr={MERGES}", "--training", f"--device={target.device}",
                                    *([] if opt == "dimat" else ["--bn_reset=both"])], Path(home))
             for table in Path(home).glob(f"results/**/{opt.upper()}/**/metrics.csv"):
                 for (iteration, phase), accuracy in mean_accuracies(table).items():
@@ -550,6 +555,8 @@ def run_for(most: float, name: str, argv: Sequence[str], home: Path) -> str:
                                text=True)
     try:
         said, _ = process.communicate(timeout=max(5.0, most))
+        if process.returncode:
+            raise RuntimeError(f"{name}.py ended with status {process.returncode}")
     except subprocess.TimeoutExpired:
         process.terminate()
         said, _ = process.communicate()

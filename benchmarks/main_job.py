@@ -43,6 +43,7 @@ from network.topology import Topology, make_topology
 from utils.memory import keep_freed_memory, memory_format
 from utils.seeds import generator
 
+PARTS = ["epoch", "merge", "iteration", "runs"]
 BATCH = 100
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -259,6 +260,7 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("parts", nargs="*", default=PARTS, metavar="part", help=f"which of {', '.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the medians are shown")
     parser.add_argument("--train_samples", type=int, default=2000, help="training images of all agents together")
     parser.add_argument("--test_samples", type=int, default=500, help="test images")
@@ -271,6 +273,8 @@ def main() -> None:
     parser.add_argument("--data_dir", default=None, help="take CIFAR-10 from this folder, not random images")
     keep_freed_memory()
     options = parser.parse_args()
+    if odd := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"there is no part {odd[0]}: choose from {', '.join(PARTS)}")
     torch.set_num_threads(options.threads)
     sizes = (options.train_samples, options.test_samples)
     dataset = cifar10(options.data_dir, *sizes) if options.data_dir else random_images(*sizes)
@@ -286,12 +290,14 @@ def main() -> None:
           f"ring of {options.agents}, features at {setting.match_at}\n{setting.device}, {options.threads} threads"
           f"{', training compiled' * setting.compile}, torch {torch.__version__}")
     print(f"{'medians':<46}{'ours (s)':>9}{'them (s)':>9}{'ratio':>8}{'bound':>8}   the other side")
-    print(compare(setting, "a local epoch : bare training loop", 1.05, local_epoch, bare_training), flush=True)
-    print(compare(setting, "a DIMAT merge : its forward passes", 1.2, dimat_merge, bare_passes), flush=True)
-    times = in_turns({"ours": whole_iteration(setting)}, setting.repeats, setting.device)["ours"]
-    spent = statistics.median(times)
-    print(f"{'a whole iteration':<46}{spent:>9.3f}")
-    if options.device == "cpu":
+    if "epoch" in options.parts:
+        print(compare(setting, "a local epoch : bare training loop", 1.05, local_epoch, bare_training), flush=True)
+    if "merge" in options.parts:
+        print(compare(setting, "a DIMAT merge : its forward passes", 1.2, dimat_merge, bare_passes), flush=True)
+    if "iteration" in options.parts:
+        times = in_turns({"ours": whole_iteration(setting)}, setting.repeats, setting.device)["ours"]
+        print(f"{'a whole iteration':<46}{statistics.median(times):>9.3f}")
+    if "runs" in options.parts and options.device == "cpu":
         with tempfile.TemporaryDirectory() as home:
             data = ["--dataset=cifar10", f"--data_dir={options.data_dir}", f"--train_samples={sizes[0]}",
                     f"--test_samples={sizes[1]}"]
