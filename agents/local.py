@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,17 @@ def load_agents_data(options: Mapping[str, Any], device: torch.device,
         kept = np.sort(np.concatenate([train_parts[i] for i in only]))
         dataset = dataset.with_only(kept)
         train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
-    return dataset.to(device), train_parts, test_parts
+    return dataset.to(device, room_for_images(device, options.get("data_memory"))), train_parts, test_parts
+
+
+def room_for_images(device: torch.device, most: float | None) -> float:
+    """Bytes that the images of one kind may take on the device; most: so many GB, None: a quarter of what is free.
+
+    On a CPU they stay in the file that they are mapped from anyway, and what is read of it the system may drop again.
+    """
+    if most is not None:
+        return most * 2**30
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf
 
 
 def new_model(s: ModelSettings, dataset: Dataset, seed: int | None = None) -> nn.Module:

@@ -14,7 +14,8 @@ from utils.memory import memory_format
 
 
 class Batches:
-    """Batches (x, y) of some images: x float32 (B, C, H, W), normalised by the data set's mean and std, y int64 (B,).
+    """Batches (x, y) of some images, on the device of their labels: x float32 (B, C, H, W), normalised by the data
+    set's mean and std, y int64 (B,).
 
     x has the memory layout in which its device is fastest. Can be iterated many times. Every pass takes a fresh
     generator from `make_generator`, which decides the order (`shuffle`) and the augmentation (`augment`: each sample
@@ -40,7 +41,7 @@ class Batches:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
         if (shuffle or augment) and make_generator is None:
             raise ValueError("shuffling and augmentation need make_generator")
-        device = images.images.device
+        device = images.labels.device
         self.images = images
         self.indices = (
             torch.arange(len(images), device=device) if indices is None else torch.as_tensor(indices, device=device)
@@ -72,17 +73,20 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # All of a pass's chances are drawn at once, on the CPU: a pass on a GPU is the same, and copies once.
-        n, device = self.num_samples, self.indices.device
+        n, device, far = self.num_samples, self.indices.device, self.images.images.device != self.indices.device
         generator = self.make_generator() if self.make_generator else None
         order = self.indices
         if self.shuffle:
             order = order[torch.randperm(n, generator=generator).to(device)]
+        where = order.cpu() if far else order
         if self.augment:
             offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator).to(device)
             flips = torch.randint(1 + self.flip, (n,), generator=generator).bool().to(device)
         for batch in itertools.starmap(slice, itertools.pairwise(self._bounds())):
             # index_select copies whole images, about ten times as fast on a CPU as images[chosen]
-            x, y = self.images.images.index_select(0, order[batch]), self.images.labels.index_select(0, order[batch])
+            x, y = self.images.images.index_select(0, where[batch]), self.images.labels.index_select(0, order[batch])
+            if far:
+                x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
             if self.augment:
                 x = crop_and_flip(x, offsets[batch], flips[batch], self.padding)
             x = x.to(torch.float32, memory_format=memory_format(device))

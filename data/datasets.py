@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from data import elsewhere
-from data.images import decode_all, decoding, pixels
+from data.images import CACHE, decode_all, decoding, pixels
 from storage.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.seeds import generator
 
@@ -40,8 +41,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device | str, most: float = math.inf) -> ImageSet:
+        """With the labels on the device and the images as well, unless they take more than so many bytes."""
+        return ImageSet(self.images.to(device) if self.images.nbytes <= most else self.images, self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Dataset:
     def image_size(self) -> int:
         return self.train.images.shape[-1]
 
-    def to(self, device: torch.device | str) -> Dataset:
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+    def to(self, device: torch.device | str, most: float = math.inf) -> Dataset:
+        """On the device, but for images of one kind that take more than so many bytes: these go there by batches."""
+        return replace(self, train=self.train.to(device, most), test=self.test.to(device, most))
 
     def with_only(self, indices: np.ndarray) -> Dataset:
         """With these of the training images and no others, in this order."""
@@ -143,7 +146,7 @@ def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dat
     """Pixels are normalised by the training images' mean and deviation (of 10,000 at most, evenly spread). Crops move
     by an eighth of a side. Mirrored are the images of folders: what else may be read from left to right."""
     own, files, decode = elsewhere.source(name, data_dir, download, size)
-    arrays = cached(data_dir / ".cache", own, files, decode)
+    arrays = cached(data_dir / CACHE, own, files, decode)
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3] or images.shape[2] < 2:
@@ -418,7 +421,7 @@ def _torchvision_arrays(
 
     if not download and not folder.is_dir():
         read_or_fetch("train")  # says what is missing, before a cache folder is made
-    return cached(data_dir / ".cache", name, lambda: [folder / file for file in files],
+    return cached(data_dir / CACHE, name, lambda: [folder / file for file in files],
                   lambda: read_or_fetch("train") | read_or_fetch("test"))
 
 
@@ -499,7 +502,7 @@ def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
 
     # Folders of the same layout do not evict each other.
     name = "tinyimgnt-" + hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-    parts = _image_sets(cached(data_dir / ".cache", name, files, decode))
+    parts = _image_sets(cached(data_dir / CACHE, name, files, decode))
     classes = int(parts["train"].labels.max()) + 1
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
     return Dataset("tinyimgnt", **parts, num_classes=classes, mean=mean, std=std, flip=True, padding=0)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.images import decode_all, decoding, pixels, rgb
+from data.images import CACHE, decode_all, decoding, pixels, rgb
 from storage.files import open_regular
 from utils.memory import physical_memory
 from utils.progress import progress
@@ -44,7 +44,7 @@ def source(name: str, data_dir: Path, download: bool, size: int) -> tuple[str, C
     if name.startswith(FOLDER):
         lists = _listed(name, place)
         return f"{own}-{size}", lambda: [file for files, _ in lists.values() for file in files], partial(
-            _decode_all, name, lists, size)
+            _decode_all, name, lists, size, data_dir / CACHE)
     if not place.is_file():
         raise FileNotFoundError(f"{name}: there is no such file")
     return own, lambda: [place], partial(_npz, name, place)
@@ -97,14 +97,13 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
 
 
-def _decode_all(name: str, lists: dict[str, tuple[list[Path], list[int]]], size: int) -> Arrays:
+def _decode_all(name: str, lists: dict[str, tuple[list[Path], list[int]]], size: int, scratch: Path) -> Arrays:
     arrays, side = {}, size
     if not size:
         with decoding(name, lists["train"][0][0]) as image:
             side = min(image.size)
-    _must_fit(name, sum(len(files) for files, _ in lists.values()) * 3 * side**2)
     for part, (files, labels) in lists.items():
-        arrays |= {f"{part}_images": decode_all(files, side, part, partial(_decode, name, side, bool(size))),
+        arrays |= {f"{part}_images": decode_all(files, side, part, partial(_decode, name, side, bool(size)), scratch),
                    f"{part}_labels": np.array(labels, np.int64)}
     return arrays
 

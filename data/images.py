@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,10 @@ import numpy as np
 from PIL import Image
 
 from storage.files import open_regular
+from utils.memory import physical_memory
 from utils.progress import progress
+
+CACHE = ".cache"  # the folder in the data's for what was decoded
 
 
 @contextlib.contextmanager
@@ -39,10 +45,33 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(rgb(image)).transpose(2, 0, 1)
 
 
-def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """uint8 (n, 3, side, side), on a few threads: Pillow decodes outside the lock."""
-    images = np.empty((len(files), 3, side, side), dtype=np.uint8)
+def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Path], np.ndarray],
+               scratch: Path | None = None) -> np.ndarray:
+    """uint8 (n, 3, side, side), on a few threads: Pillow decodes outside the lock. scratch: see `room`."""
+    images = room((len(files), 3, side, side), scratch)
     with ThreadPoolExecutor() as pool:
         for k, image in enumerate(progress(pool.map(decode, files), f"decoding {part} images", len(files), "image")):
             images[k] = image
     return images
+
+
+def room(shape: tuple[int, ...], scratch: Path | None) -> np.ndarray:
+    """uint8, for what is to be decoded: in memory or, where it would take more than half of that, in a file in the
+    folder `scratch` that has no name and is gone with the array.
+
+    Raises ValueError where neither has room for it.
+    """
+    size, there = math.prod(shape), physical_memory()
+    if size <= there / 2:
+        return np.empty(shape, np.uint8)
+    said = f"decoded they take {size / 2**30:,.1f} GiB, this machine has {there / 2**30:,.1f} of memory"
+    if scratch is None:
+        raise ValueError(said)
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            # All of it at once: written page by page, a full disk would kill the process.
+            getattr(os, "posix_fallocate", lambda number, start, length: os.ftruncate(number, length))(
+                file.fileno(), 0, size)
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise ValueError(f"{said}, and {scratch} has no room for it ({error.strerror or error})") from error

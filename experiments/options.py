@@ -411,6 +411,10 @@ OPTIONS = (
     Option("keep", "run", "keep the state of the last iteration, or of each (for --merg_itr_init)", ["last", "all"],
            "last", (MAIN,), free=True, rare=True),
     Option("device", "machine", "auto, cpu, cuda, cuda:1 or mps", default="auto", free=True, handed_on=True),
+    Option("data_memory", "machine", "most memory of a GPU for the training images, and for the test images; more "
+           "stay in the file that they are mapped from, and go there batch by batch (default: a quarter of what is "
+           "free)",
+           POSITIVE, None, metavar="GB", free=True, rare=True, handed_on=True),
     Option("compile", "machine", "run the model through torch.compile", boolean, False, free=True, rare=True),
     Option("config", "machine", "read options from a file; flags override it", path, None, metavar="FILE.yaml",
            free=True),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.iteration import agents_of, iterate
+from data.batches import Batches
 from data.datasets import Dataset, ImageSet
 from merging import METHODS
 from merging.averaging import ROBUST
@@ -138,6 +139,25 @@ def test_what_travels_is_the_same(wire):
         ours = {key: t.cpu() for key, t in through({key: t.to(device) for key, t in state.items()}, wire).items()}
     for key, value in through(state, wire).items():
         assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("most", [0, 10_000])
+def test_images_that_the_device_has_no_room_for_come_batch_by_batch(most):
+    dataset = images(20)  # 3,840 bytes of training images
+
+    def batches(dataset: Dataset) -> list:
+        return list(Batches(dataset, dataset.train, torch.arange(18).flip(0), 5, shuffle=True, augment=True,
+                            make_generator=lambda: generator(0, purpose="order")))
+
+    with pretend() as (device, counts):
+        there = dataset.to(device, most)
+        assert (there.train.images.device == device) == (most > 0) and there.train.labels.device == device
+        counts.uploads.clear(), counts.waits.clear()
+        found = [(x.cpu(), y.cpu()) for x, y in batches(there) if x.device == y.device == device]
+        by_batches = sum(count for line, count in counts.uploads.items() if "non_blocking" in line)
+    assert by_batches == (0 if most else 4)
+    for (x, y), (their_x, their_y) in zip(found, batches(dataset), strict=True):
+        torch.testing.assert_close(x, their_x) and torch.equal(y, their_y)
 
 
 # The device itself

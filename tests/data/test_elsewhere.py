@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import images
 from data.datasets import load_dataset
 from data.elsewhere import tv_names
 from tests.helpers import TINY, folder_of, rows_of, script
@@ -49,6 +50,29 @@ def test_a_folder_of_training_and_test_images(tmp_path, test):
     assert load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=5).image_size == 5
     write(tmp_path / "set/train/a", {"more": 1})  # the cache is of another state of the folder
     assert len(load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=6).train) == 12
+
+
+def test_a_folder_larger_than_memory_is_decoded_into_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "physical_memory", lambda: 200.0)
+    usual, files = np.memmap, []
+    monkeypatch.setattr(np, "memmap", lambda file, *rest, **how: files.append(file.name) or usual(file, *rest, **how))
+    train = write(tmp_path / "set/train", {"b": 4, "a": 7})
+    write(tmp_path / "set/test", {"a": 2, "b": 3})
+    found = load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=6)
+    assert class_of_each(found.train, "ab") == train and len(files) >= 2
+    assert not [entry for entry in (tmp_path / ".cache").iterdir() if "folder" not in entry.name]
+
+
+def test_a_disk_without_room_for_a_large_folder_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images, "physical_memory", lambda: 200.0)
+    monkeypatch.setattr(images.os, "posix_fallocate", full, raising=False)
+    for part in ("train", "test"):
+        write(tmp_path / "set" / part, {"a": 4, "b": 4})
+    with pytest.raises(ValueError, match=r"take 0.0 GiB, this machine has 0.0 of memory, .*no room .*No space"):
+        load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=6)
 
 
 def test_one_folder_is_split_and_always_alike(tmp_path):
