@@ -23,10 +23,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.gpu_stages import STAGES, Results, Stage, Target
+from benchmarks.main_job import write_npz
 from data.datasets import load_dataset
 from utils.progress import command
 
@@ -37,9 +37,7 @@ DONE = "done"
 def pack(file: Path, data_dir: str, train: int, test: int) -> None:
     """Class-balanced slices of CIFAR-10 for `--data`."""
     dataset = load_dataset("cifar10", data_dir, train_samples=train, test_samples=test)
-    parts = {"train": dataset.train, "test": dataset.test}
-    np.savez_compressed(file, **{f"x_{name}": part.images.permute(0, 2, 3, 1).numpy() for name, part in parts.items()},
-                        **{f"y_{name}": part.labels.numpy() for name, part in parts.items()})
+    write_npz(dataset, file)
     print(f"{file}: {train} + {test} images, {file.stat().st_size / 2**20:.0f} MiB")
 
 

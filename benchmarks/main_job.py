@@ -237,8 +237,8 @@ def real_runs(setting: Setting, data: Sequence[str], threads: int) -> Iterator[s
 def write_npz(dataset: Dataset, file: Path) -> None:
     """For `--dataset=FILE.npz`."""
     parts = {"train": dataset.train, "test": dataset.test}
-    np.savez(file, **{f"x_{name}": part.images.permute(0, 2, 3, 1).numpy() for name, part in parts.items()},
-             **{f"y_{name}": part.labels.numpy() for name, part in parts.items()})
+    np.savez_compressed(file, **{f"x_{name}": part.images.cpu().numpy() for name, part in parts.items()},
+                        **{f"y_{name}": part.labels.cpu().numpy() for name, part in parts.items()}, flip=dataset.flip)
 
 
 def compare(setting: Setting, label: str, bound: float, ours: Callable, bare: Callable) -> str:

@@ -144,7 +144,7 @@ def check_name(name: str) -> str:
 
 def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dataset:
     """Pixels are normalised by the training images' mean and deviation (of 10,000 at most, evenly spread). Crops move
-    by an eighth of a side. Mirrored are the images of folders: what else may be read from left to right."""
+    by an eighth of a side."""
     own, files, decode = elsewhere.source(name, data_dir, download, size)
     arrays = cached(data_dir / CACHE, own, files, decode)
     for part in ("train", "test"):
@@ -161,7 +161,7 @@ def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dat
     some = parts["train"].images[:: max(1, len(parts["train"]) // 10_000)].float() / 255
     mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp(min=1 / 255)
     return Dataset(name, **parts, num_classes=classes, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
-                   flip=name.startswith(elsewhere.FOLDER), padding=parts["train"].images.shape[-1] // 8)
+                   flip=elsewhere.are_mirrored(name), padding=parts["train"].images.shape[-1] // 8)
 
 
 MOST_CLASSES = 100_000

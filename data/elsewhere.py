@@ -128,7 +128,8 @@ def _fitted(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _npz(name: str, file: Path) -> Arrays:
-    """x_train, y_train, x_test and y_test: uint8 images (n, H, W), (n, H, W, C) or (n, C, H, W), and whole numbers."""
+    """x_train, y_train, x_test and y_test: uint8 images (n, H, W), (n, H, W, C) or (n, C, H, W), and whole numbers.
+    `flip` may lie beside them: see `are_mirrored`."""
     wanted = [f"{kind}_{part}" for part in PARTS for kind in "xy"]
     with open_regular(file) as opened:
         try:
@@ -155,6 +156,25 @@ def _npz(name: str, file: Path) -> Arrays:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         arrays |= {f"{part}_images": images, f"{part}_labels": labels.reshape(-1).astype(np.int64)}
     return arrays
+
+
+def are_mirrored(name: str) -> bool:
+    """Whether a mirrored image is still of its class: one of a folder, and one of a file that holds a true `flip`. What
+    else there is may be read from left to right."""
+    if not name.endswith(NPZ) or name.startswith((FOLDER, TV)):
+        return name.startswith(FOLDER)
+    with open_regular(Path(name)) as opened:
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                if "flip.npy" not in archive.namelist():
+                    return False
+                if archive.getinfo("flip.npy").file_size > 1000:
+                    raise ValueError("flip is not one number")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as content:
+                return bool(content["flip"])
+        except Exception as error:  # see above
+            raise ValueError(f"{name} can't be read: {' '.join(str(error).split())}") from None
 
 
 # torchvision's

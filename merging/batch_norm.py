@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from merging.averaging import State
 from merging.progress import progress
-from merging.tracing.running import own_copy, run
+from merging.tracing.running import Slots, own_copy, run
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
@@ -86,7 +86,7 @@ def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     """
     if not tracked_norms(model):
         return state
-    estimate = Estimate(model, state)
+    estimate = Estimate(NormReader(model, device_of(state)), state)
     for x in telling(images_of(batches, device_of(state), "BatchNorm")):
         estimate.see(x)
     return estimate.state(estimate.sums())
@@ -97,16 +97,14 @@ def telling(images: Iterable[Tensor]) -> Iterator[Tensor]:
     return (x for k, x in enumerate(images) if k == 0 or len(x) > 1)
 
 
-class Estimate:
-    """BatchNorm's statistics of a model as the mean of those of the batches that it sees.
+class NormReader:
+    """reader(state, images): what BatchNorm's layers see of a batch, float (n,), each layer's means and variances; and
+    how often each was called, over which the former are summed. One copy of the model serves many state dicts."""
 
-    They are added up in float64, so that it is of no account which process has seen which batch.
-    """
-
-    def __init__(self, model: nn.Module, state: State) -> None:
-        self.given, self.runner = state, own_copy(model).to(device_of(state))
-        self.runner.load_state_dict(state)
-        self.norms = tracked_norms(self.runner)
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = own_copy(model).to(device)
+        self.slots = Slots(self.model)
+        self.norms = tracked_norms(self.model)
         self.layers = list(dict.fromkeys(self.norms.values()))  # some may have several names
         for norm in self.layers:
             norm.reset_running_stats()
@@ -114,23 +112,43 @@ class Estimate:
             norm.momentum = 1.0  # only in this copy
             norm.train()
             norm.register_forward_hook(self._note)
-        self.of_batch: dict[nn.Module, Tensor] = {}
-        self.seen: list[Tensor] = []
-        self.calls = dict.fromkeys(self.layers, 0)
+        self.own = {f"{name}.{key}".lstrip("."): value.clone()
+                    for name, norm in self.norms.items() for key, value in norm.named_buffers()}
         self.sizes = [2 * norm.running_mean.numel() for norm in self.layers]
-        self.added = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        self.found: dict[nn.Module, Tensor] = {}
+        self.calls: dict[nn.Module, int] = {}
 
     def _note(self, norm: nn.Module, *_: Any) -> None:
-        found = torch.cat([norm.running_mean, norm.running_var])
-        self.of_batch[norm] = self.of_batch[norm] + found if norm in self.of_batch else found
+        both = torch.cat([norm.running_mean, norm.running_var])
+        self.found[norm] = self.found[norm] + both if norm in self.found else both
         self.calls[norm] += 1
 
     @torch.no_grad()
+    def __call__(self, state: State, images: Tensor) -> tuple[Tensor, list[int]]:
+        self.found.clear()
+        self.calls = dict.fromkeys(self.layers, 0)
+        self.slots.put({**state, **self.own})  # the running statistics are written to
+        run(self.model, images)
+        return torch.cat([self.found.get(norm, norm.running_mean.new_zeros(size))
+                          for norm, size in zip(self.layers, self.sizes, strict=True)]), [*self.calls.values()]
+
+
+class Estimate:
+    """BatchNorm's statistics of a model as the mean of those of the batches that it sees.
+
+    They are added up in float64, so that it is of no account which process has seen which batch.
+    """
+
+    def __init__(self, reader: NormReader, state: State) -> None:
+        self.reader, self.given = reader, state
+        self.seen: list[Tensor] = []
+        self.calls = torch.zeros(len(reader.layers), dtype=torch.float64)
+        self.added = torch.zeros(sum(reader.sizes), dtype=torch.float64)
+
     def see(self, images: Tensor) -> None:
-        self.of_batch.clear()
-        run(self.runner, images)
-        self.seen.append(torch.cat([self.of_batch.get(norm, norm.running_mean.new_zeros(size))
-                                    for norm, size in zip(self.layers, self.sizes, strict=True)]))
+        found, calls = self.reader(self.given, images)
+        self.seen.append(found)
+        self.calls += torch.tensor(calls)
         if len(self.seen) == AT_ONCE:
             self._add_up()
 
@@ -142,17 +160,16 @@ class Estimate:
     def sums(self) -> Tensor:
         """float64 (n,), on the CPU: how often each layer was called, and the sums of its means and variances."""
         self._add_up()
-        return torch.cat([torch.tensor([*self.calls.values()], dtype=torch.float64), self.added])
+        return torch.cat([self.calls, self.added])
 
     def state(self, sums: Tensor) -> State:
         """The state dict with the statistics of all that these `sums` are of."""
-        calls, added = sums.split([len(self.layers), sum(self.sizes)])
-        for norm, count, both in zip(self.layers, calls, added.split(self.sizes), strict=True):
-            norm.reset_running_stats()
-            if count:  # else no batch comes by this layer
-                norm.num_batches_tracked.copy_(count)
-                for kept, mean in zip((norm.running_mean, norm.running_var), (both / count).chunk(2), strict=True):
-                    kept.copy_(mean)
-        fresh = {f"{name}.{key}".lstrip("."): value
-                 for name, norm in self.norms.items() for key, value in norm.named_buffers()}
-        return {key: fresh[key].to(value.dtype) if key in fresh else value for key, value in self.given.items()}
+        reader, fresh = self.reader, {}
+        calls, added = sums.split([len(reader.layers), sum(reader.sizes)])
+        for norm, count, both in zip(reader.layers, calls, added.split(reader.sizes), strict=True):
+            mean, variance = (both / count).chunk(2) if count else (torch.zeros(1), torch.ones(1))  # nothing passed it
+            for name in (name for name, other in reader.norms.items() if other is norm):
+                found = {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
+                fresh |= {f"{name}.{key}".lstrip("."): value for key, value in found.items()}
+        return {key: torch.empty_like(value).copy_(fresh[key]) if key in fresh else value
+                for key, value in self.given.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.averaging import State
-from merging.batch_norm import Batches, Estimate, device_of, images_of, reestimate, telling, tracked_norms
+from merging.batch_norm import Batches, Estimate, NormReader, device_of, images_of, reestimate, telling, tracked_norms
 
 
 class Team(Protocol):
@@ -69,7 +69,8 @@ def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mappin
     team, device = divided.team, device_of(next(iter(states.values())))
     theirs = team.everybody({i: {key: t.cpu() for key, t in state.items()} for i, state in states.items()})
     everybodys = {i: {key: t.to(device) for key, t in state.items()} for one in theirs for i, state in one.items()}
-    estimates = {i: Estimate(model, states.get(i, everybodys[i])) for i in sorted(everybodys)}
+    reader = NormReader(model, device)
+    estimates = {i: Estimate(reader, states.get(i, everybodys[i])) for i in sorted(everybodys)}
     turns = itertools.cycle(range(team.size))
     for x in telling(images_of(divided, device, "BatchNorm")):
         for estimate in estimates.values():

@@ -91,6 +91,20 @@ def npz(file, **arrays):
     return usual
 
 
+@pytest.mark.parametrize(("said", "mirrored"), [(None, False), (False, False), (np.True_, True)])
+def test_arrays_may_say_that_they_are_mirrored(tmp_path, said, mirrored):
+    npz(tmp_path / "set.npz", flip=said)
+    for _ in range(2):  # the second time from the cache
+        assert load_dataset(str(tmp_path / "set.npz"), tmp_path).flip is mirrored
+
+
+@pytest.mark.parametrize("odd", [np.zeros(2000), np.array(["a", "b"])])
+def test_an_odd_flip_is_said(tmp_path, odd):
+    npz(tmp_path / "set.npz", flip=odd)
+    with pytest.raises(ValueError, match=r"set\.npz can't be read"):
+        load_dataset(str(tmp_path / "set.npz"), tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["n h w c", "n c h w", "n h w"])
 def test_arrays_in_a_file(tmp_path, layout):
     usual = npz(tmp_path / "set.npz")
