@@ -172,7 +172,10 @@ def are_mirrored(name: str) -> bool:
                     raise ValueError("flip is not one number")
             opened.seek(0)
             with np.load(opened, allow_pickle=False) as content:
-                return bool(content["flip"])
+                flip = content["flip"]
+                if flip.size != 1 or flip.dtype.kind not in "biu":
+                    raise ValueError(f"flip is {flip.dtype} of shape {flip.shape}: give True or False")
+                return bool(flip.item())
         except Exception as error:  # see above
             raise ValueError(f"{name} can't be read: {' '.join(str(error).split())}") from None
 

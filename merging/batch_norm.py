@@ -17,6 +17,7 @@ from merging.tracing.running import Slots, own_copy, run
 
 Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
 
+STATISTICS = ("running_mean", "running_var")
 AT_ONCE = 64  # batches whose statistics lie on the device before they are added up
 IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input")
 
@@ -113,7 +114,7 @@ class NormReader:
             norm.train()
             norm.register_forward_hook(self._note)
         self.own = {f"{name}.{key}".lstrip("."): value.clone()
-                    for name, norm in self.norms.items() for key, value in norm.named_buffers()}
+                    for name, norm in self.norms.items() for key, value in norm.named_buffers() if key in STATISTICS}
         self.sizes = [2 * norm.running_mean.numel() for norm in self.layers]
         self.found: dict[nn.Module, Tensor] = {}
         self.calls: dict[nn.Module, int] = {}
@@ -127,8 +128,11 @@ class NormReader:
     def __call__(self, state: State, images: Tensor) -> tuple[Tensor, list[int]]:
         self.found.clear()
         self.calls = dict.fromkeys(self.layers, 0)
-        self.slots.put({**state, **self.own})  # the running statistics are written to
+        self.slots.put({**state, **self.own})
         run(self.model, images)
+        for norm in self.layers:  # one whose `forward`, or whose statistics, the model uses by itself
+            if not self.calls[norm] and not (norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()):
+                self._note(norm)
         return torch.cat([self.found.get(norm, norm.running_mean.new_zeros(size))
                           for norm, size in zip(self.layers, self.sizes, strict=True)]), [*self.calls.values()]
 

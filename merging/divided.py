@@ -67,8 +67,8 @@ def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mappin
     if divided is None or not tracked_norms(model):
         return {i: reestimate(model, state, images[i]) for i, state in states.items()}
     team, device = divided.team, device_of(next(iter(states.values())))
-    theirs = team.everybody({i: {key: t.cpu() for key, t in state.items()} for i, state in states.items()})
-    everybodys = {i: {key: t.to(device) for key, t in state.items()} for one in theirs for i, state in one.items()}
+    theirs = team.everybody({i: _on("cpu", state) for i, state in states.items()})
+    everybodys = {i: _on(device, state) for one in theirs for i, state in one.items()}
     reader = NormReader(model, device)
     estimates = {i: Estimate(reader, states.get(i, everybodys[i])) for i in sorted(everybodys)}
     turns = itertools.cycle(range(team.size))
@@ -80,3 +80,8 @@ def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mappin
     of_all = team.total(torch.cat(sums)).split([*map(len, sums)])
     return {i: estimate.state(total) for (i, estimate), total in zip(estimates.items(), of_all, strict=True)
             if i in states}
+
+
+def _on(device: torch.device | str, state: State) -> State:
+    """What is no tensor in it (a module's extra state) stays as it is."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -170,7 +170,8 @@ def is_mixed(name: str, value: Any) -> bool:
 
 
 class Slots:
-    """A model's places for tensors, which those of a state dict can be put in, uncopied where the precision is right.
+    """A model's places for tensors, which those of a state dict can be put in: parameters uncopied where the precision
+    is right, buffers as copies, since a forward pass may write to them.
 
     However many modules share them (functional_call leaves a module that has two names with tensors of the last call).
     """
@@ -181,7 +182,7 @@ class Slots:
     def put(self, state: Mapping[str, Any]) -> None:
         for name, own in self.own.items():
             if is_mixed(name, own):
-                own.data = state[name].detach().to(own.dtype)
+                own.data = state[name].detach().to(own.dtype, copy=not isinstance(own, nn.Parameter))
             elif name.rpartition(".")[2] == _EXTRA_STATE:
                 self.model.get_submodule(name.rpartition(".")[0]).set_extra_state(copy.deepcopy(state[name]))
 

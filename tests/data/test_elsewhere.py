@@ -98,7 +98,7 @@ def test_arrays_may_say_that_they_are_mirrored(tmp_path, said, mirrored):
         assert load_dataset(str(tmp_path / "set.npz"), tmp_path).flip is mirrored
 
 
-@pytest.mark.parametrize("odd", [np.zeros(2000), np.array(["a", "b"])])
+@pytest.mark.parametrize("odd", [np.zeros(2000), np.array(["a", "b"]), "False", np.nan])
 def test_an_odd_flip_is_said(tmp_path, odd):
     npz(tmp_path / "set.npz", flip=odd)
     with pytest.raises(ValueError, match=r"set\.npz can't be read"):

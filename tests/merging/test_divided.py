@@ -154,3 +154,37 @@ def test_a_team_estimates_what_one_estimates_in_as_many_passes(problem, size, mo
                 torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-12)
             assert state["conv.weight"] is states[i]["conv.weight"]
             assert state["norm.num_batches_tracked"] == 3 and state["never.running_var"].eq(1).all()
+
+
+class Counting(nn.Module):
+    """It writes to a buffer of its own, calls one norm past its hooks, and may overflow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.direct = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.direct.forward(self.norm(self.conv(x).exp())).mean((2, 3))
+
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"a": 1}
+
+
+def test_models_of_a_team_keep_apart_and_what_is_given_is_left_alone():
+    torch.manual_seed(0)
+    model, batches = Counting(), [torch.randn(9, 1, 8, 8) for _ in range(3)]
+    states = {0: {k: v * 1e4 if k == "conv.weight" else v for k, v in model.state_dict().items()},  # overflows
+              1: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}}
+    whole = reestimate(model, states[1], batches)
+    assert states[1]["seen"] == 0 and whole["seen"] == 0 and whole["_extra_state"] == {"a": 1}
+    assert whole["direct.num_batches_tracked"] == 3 and whole["direct.running_var"].ne(1).all()
+    (found,) = together(1, lambda member: reestimate_all(model, states,
+                                                         dict.fromkeys((0, 1), Divided(batches, member))))
+    assert not found[0]["norm.running_mean"].isfinite().all()
+    for key, value in whole.items():
+        assert torch.equal(found[1][key], value) if isinstance(value, torch.Tensor) else found[1][key] == value
