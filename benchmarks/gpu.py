@@ -27,10 +27,10 @@ import torch
 
 from benchmarks.gpu_stages import STAGES, Results, Stage, Target
 from benchmarks.main_job import write_npz
+from benchmarks.processes import ROOT
 from data.datasets import load_dataset
 from utils.progress import command
 
-ROOT = Path(__file__).resolve().parent.parent
 DONE = "done"
 
 

@@ -15,11 +15,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import DeviceType
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
@@ -37,16 +38,14 @@ from benchmarks.main_job import (
     seconds,
     write_npz,
 )
-from benchmarks.processes import measure
+from benchmarks.processes import ROOT, measure
 from data.datasets import Dataset, load_dataset
 from merging import METHODS
 from models import build_model
-from models.training import AMP, autocast, make_optimizer
+from models.training import AMP
 from network.topology import make_topology
 from network.wire import WIRES, through
 from optimizers import BASELINES
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,6 @@ class Target:
 
     def main_options(self, *more: str) -> list[str]:
         return self.options("--training", "--epochs=1", "--match_samples=0", *more)
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Results:
@@ -285,6 +280,8 @@ def waits_counted(device: torch.device) -> Iterator[Counter[str]]:
         return
 
     def note(message: object, *_: object, **__: object) -> None:
+        if "synchroniz" not in str(message):
+            return
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and f.name != "note"
                   and "site-packages" not in f.filename]
         counted[f"{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno} {frames[-1].line}"] += 1
@@ -307,21 +304,18 @@ def waits(target: Target, results: Results, limit: float) -> None:
                        target.device)
 
     def one(iteration: int) -> float:
-        began = time.perf_counter()
-        iterate(agents, iteration)
-        agents.evaluate()
-        target.wait()
-        return time.perf_counter() - began
+        return seconds(lambda: (iterate(agents, iteration), agents.evaluate()), target.device)
 
     one(1)
-    plain = one(2)
-    results.add(what="an iteration", seconds=plain)
+    results.add(what="an iteration", seconds=one(2))
     on_gpu = target.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profile:
         profiled = one(3)
-    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-             for event in profile.key_averages()}
+    events = profile.key_averages()
+    # A kernel is an event of the GPU's, and its time is in the operation on the CPU that launched it as well.
+    times = ({event.key: event.self_device_time_total / 1e6 for event in events if event.device_type == DeviceType.CUDA}
+             if on_gpu else {event.key: event.self_cpu_time_total / 1e6 for event in events})
     results.add(what="device busy" if on_gpu else "CPU in operations", seconds=sum(times.values()),
                 share=sum(times.values()) / profiled)
     for name in sorted(times, key=times.get, reverse=True)[:12]:
@@ -367,26 +361,8 @@ def graphed(setting: Setting, layout: torch.memory_format) -> Callable[[], None]
     return job
 
 
-def in_precision(setting: Setting, layout: torch.memory_format, amp: str, compiled: bool) -> Callable[[], None]:
-    """The bare loop under autocast, or compiled."""
-    model, batches = setting.model(layout=layout), setting.preloaded(layout)
-    optimizer = make_optimizer(model, "adam", 1e-3, momentum=0.0, weight_decay=0.0)
-    fast = torch.compile(model) if compiled else model
-
-    def job() -> None:
-        model.train()
-        for x, y in batches:
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(x.device, amp):
-                loss = F.cross_entropy(fast(x), y)
-            loss.backward()
-            optimizer.step()
-
-    return job
-
-
-def side_by_side(setting: Setting, layout: torch.memory_format, amp: str = "none") -> Callable[[], None]:
-    """Five agents' bare loops as one, their models stacked; `one_by_one` is the same work."""
+def side_by_side(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
+    """All agents' bare loops as one, their models stacked; `one_by_one` is the same work."""
     models = [setting.model(seed, layout) for seed in range(setting.topology.num_agents)]
     for model in models:
         model.train()
@@ -401,9 +377,7 @@ def side_by_side(setting: Setting, layout: torch.memory_format, amp: str = "none
     def job() -> None:
         for x, y in batches:
             optimizer.zero_grad(set_to_none=True)
-            with autocast(x.device, amp):
-                losses = vmap(loss, in_dims=(0, 0, 0, 0), randomness="different")(
-                    parameters, buffers, x.expand(len(models), *x.shape), y.expand(len(models), *y.shape))
+            losses = vmap(loss, in_dims=(0, 0, None, None))(parameters, buffers, x, y)
             losses.sum().backward()
             optimizer.step()
 
@@ -411,17 +385,12 @@ def side_by_side(setting: Setting, layout: torch.memory_format, amp: str = "none
 
 
 def one_by_one(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
-    models: list[nn.Module] = [setting.model(seed, layout) for seed in range(setting.topology.num_agents)]
-    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in models]
-    batches = setting.preloaded(layout)[:: len(models)]
+    agents = setting.topology.num_agents
+    jobs = [bare_training(setting, layout, seed=seed, share=agents) for seed in range(agents)]
 
     def job() -> None:
-        for model, optimizer in zip(models, optimizers, strict=True):
-            model.train()
-            for x, y in batches:
-                optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
+        for one in jobs:
+            one()
 
     return job
 
@@ -452,7 +421,7 @@ def throughput(target: Target, results: Results, limit: float) -> None:
                for name, layout in LAYOUTS.items())
     epoch = timed("our local epoch", lambda: local_epoch(setting))
     results.add(what="our local epoch : bare training loop", ratio=epoch / bare)
-    matched = Setting(with_first(dataset, 2000), setting.topology, target.width, 3, "all", compile=False)
+    matched = replace(setting, dataset=with_first(dataset, 2000))
     passes = 3 * target.agents * len(matched.dataset.train)
     bare = timed("bare forward passes of a merge", lambda: bare_passes(matched, last), passes)
     ours = timed("our DIMAT merge", lambda: dimat_merge(matched), passes)
@@ -464,11 +433,12 @@ def throughput(target: Target, results: Results, limit: float) -> None:
     both = timed("agents' bare loops, side by side (vmap)", lambda: side_by_side(setting, last), shared)
     results.add(what="side by side : one after the other", ratio=both / one)
     for amp in ("bf16", "fp16"):
-        timed(f"bare training loop, {amp} (fp16 unscaled)", lambda amp=amp: in_precision(setting, last, amp, False))
+        timed(f"bare training loop, {amp}, unscaled", lambda amp=amp: bare_training(setting, last, amp))
     if target.device.type == "cuda":
         timed("bare training loop as a CUDA graph", lambda: graphed(setting, last))
-    timed("bare training loop, compiled", lambda: in_precision(setting, last, "none", True))
-    timed("bare training loop, bf16, compiled", lambda: in_precision(setting, last, "bf16", True))
+    compiled = replace(setting, compile=True)
+    timed("bare training loop, compiled", lambda: bare_training(compiled, last))
+    timed("bare training loop, bf16, compiled", lambda: bare_training(compiled, last, "bf16"))
     with tempfile.TemporaryDirectory() as home:
         write_npz(target.dataset(), Path(home, "images.npz"))
         for workers in (1, 2):
@@ -532,8 +502,8 @@ def cell(target: Target, results: Results, limit: float) -> None:
     epoch = seconds(lambda: agents.train(2), target.device)  # of all agents
     # An iteration is two epochs, and a merge of three passes, which cost at most as much as two more.
     left = limit - (time.perf_counter() - began)
-    epochs = int(min(EPOCHS, max(1, 0.9 * left / epoch - 2 * MERGES * 4) if left / epoch > 2 * MERGES * 4
-                     else max(1, 0.3 * left / epoch)))
+    fit = left / epoch
+    epochs = int(min(EPOCHS, max(1, 0.3 * fit, 0.9 * fit - 2 * MERGES * 4)))
     results.add(what="seconds of an epoch of all agents", seconds=epoch, epochs=epochs)
     with tempfile.TemporaryDirectory() as home:
         checkpoint = run_for(left, "train", [f"--config={ROOT}/configs/paper/train.yaml", *named,

@@ -11,29 +11,35 @@ from torch import Tensor
 from agents.local import LocalTrainer, ModelSettings, TrainSettings, new_model
 from agents.merging import MergeSettings, MergingAgents
 from agents.mixing import MixingAgents, MixSettings
+from agents.run import FirstModels
 from data.datasets import Dataset
+from experiments.merges import topology_to_merge_over
 from experiments.options import base_lines_parser, main_parser
 from experiments.parsing import parse_once
+from experiments.settle import settle_options
+from experiments.steps import settle
 from network.processes import OneProcess
-from network.topology import make_topology
-
-UNSAID = {"optim": "adam", "lr": 1e-3, "momentum": None, "weight_decay": 0.0, "model": "resnet20",
-          "width_multiplier": 1, "norm": "batch", "loss": "cross_entropy", "adjust_tau": 1.0}
 
 
 def agents_of(script: str, argv: Sequence[str], dataset: Dataset, device: torch.device) -> MergingAgents | MixingAgents:
-    """The agents of `main` or `base_lines` with these arguments, from random models, on equal parts of the images."""
+    """The agents of `main` or `base_lines` with these arguments, from different random models, on equal parts of the
+    images."""
     o = vars(parse_once({"main": main_parser, "base_lines": base_lines_parser}[script](), list(argv)))
-    o |= {key: value for key, value in UNSAID.items() if o.get(key) is None}
-    dataset, agents = dataset.to(device), range(o["num_models"])
-    parts = [part.numpy() for part in torch.arange(len(dataset.train)).chunk(len(agents))]
-    model = ModelSettings.of(o)
-    states = {i: {key: t.to(device) for key, t in new_model(model, dataset, seed=i).state_dict().items()}
-              for i in agents}
-    trainer = LocalTrainer(new_model(model, dataset, seed=0), dataset, TrainSettings.of(o), device)
-    kind, settings = (MergingAgents, MergeSettings) if script == "main" else (MixingAgents, MixSettings)
-    made = kind(settings.of(o), make_topology(o["topology"], len(agents)), OneProcess(len(agents)), trainer, parts,
-                [np.arange(len(dataset.test))] * len(agents), states)
+    agents = range(o["num_models"])
+    if script == "main":
+        settle_options(o, agents)
+        topology = topology_to_merge_over(o)
+        kind, settings = MergingAgents, MergeSettings.of(o)
+    else:
+        *_, topology = settle(o, agents)
+        kind, settings = MixingAgents, MixSettings.of(o)
+    dataset, model = dataset.to(device), ModelSettings.of(o)
+    first = FirstModels(randominit=True, diffinit=True, seed=o["seed"]).make(model, dataset, agents)
+    made = kind(settings, topology, OneProcess(len(agents)),
+                LocalTrainer(new_model(model, dataset), dataset, TrainSettings.of(o), device),
+                [part.numpy() for part in torch.arange(len(dataset.train)).chunk(len(agents))],
+                [np.arange(len(dataset.test))] * len(agents),
+                {i: {key: t.to(device) for key, t in state.items()} for i, state in first.items()})
     if script == "base_lines":
         made.take_up(dict.fromkeys(agents))
     return made

@@ -35,10 +35,11 @@ import merging
 from benchmarks.processes import ROOT, measure
 from data.batches import Batches
 from data.datasets import Dataset, ImageSet, load_dataset
+from experiments.options import main_parser
 from merging.activation_matching import READ_AT
 from merging.averaging import weighted_average
 from models import build_model
-from models.training import evaluate, make_optimizer, snapshot, train_epoch
+from models.training import autocast, evaluate, make_optimizer, snapshot, train_epoch
 from network.topology import Topology, make_topology
 from utils.memory import keep_freed_memory, memory_format
 from utils.seeds import generator
@@ -125,16 +126,19 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return make_optimizer(model, "adam", 1e-3, momentum=0.0, weight_decay=0.0)
 
 
-def bare_training(setting: Setting, layout: torch.memory_format) -> Callable[[], None]:
-    """An epoch of nothing but forward, backward and step."""
-    model, batches = setting.model(layout=layout), setting.preloaded(layout)
+def bare_training(setting: Setting, layout: torch.memory_format, amp: str = "none", seed: int = 0,
+                  share: int = 1) -> Callable[[], None]:
+    """An epoch of nothing but forward, backward and step. share: on one of so many batches only."""
+    model, batches = setting.model(seed, layout), setting.preloaded(layout)[::share]
     optimizer, model = optimizer_of(model), setting.fast(model)
 
     def job() -> None:
         model.train()
         for x, y in batches:
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), y).backward()
+            with autocast(x.device, amp):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
             optimizer.step()
 
     return job
@@ -205,13 +209,11 @@ def whole_iteration(setting: Setting) -> Callable[[], None]:
 
 
 PAPERS = f"--config={ROOT / 'configs/paper/dimat.yaml'}"
-MATCH_SAMPLES = 1000  # main.py's own
 
 
 def real_runs(setting: Setting, data: Sequence[str], threads: int) -> Iterator[str]:
     """Rows of real runs of main.py, with one process and with the default number, against the passes they need."""
-    few = min(MATCH_SAMPLES, len(setting.dataset.train.labels))
-    for whose, flags, images in (("the paper's", [PAPERS], 0), ("our", [f"--match_samples={few}"], few)):
+    for whose, flags, images in (("the paper's", [PAPERS], 0), ("our", [], main_parser().get_default("match_samples"))):
         flags = [*data, f"--num_models={setting.topology.num_agents}", f"--width_multiplier={setting.width}",
                  f"--batch_size={BATCH}", *flags, "--merg_itr=3", "--epochs=1"]
         bare = {name: bare_passes(setting, layout, images, evaluates=True) for name, layout in LAYOUTS.items()}

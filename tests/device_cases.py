@@ -157,7 +157,8 @@ def test_images_that_the_device_has_no_room_for_come_batch_by_batch(most):
         by_batches = sum(count for line, count in counts.uploads.items() if "non_blocking" in line)
     assert by_batches == (0 if most else 4)
     for (x, y), (their_x, their_y) in zip(found, batches(dataset), strict=True):
-        torch.testing.assert_close(x, their_x) and torch.equal(y, their_y)
+        torch.testing.assert_close(x, their_x)
+        assert torch.equal(y, their_y)
 
 
 # The device itself

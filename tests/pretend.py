@@ -70,8 +70,8 @@ class Pretend(torch.Tensor):
         raise RuntimeError(f"{function} of a tensor on the {NAME} device, where none is")
 
 
-def is_ours(device: Any) -> bool:
-    return device is not None and torch.device(device).type == NAME
+def is_ours(x: Any) -> bool:
+    return isinstance(x, torch.device) and x.type == NAME
 
 
 class Device(TorchDispatchMode):
@@ -110,7 +110,7 @@ class Device(TorchDispatchMode):
         known = {id(x.values): x for x in here}  # what is written to in place stays the tensor that it was
 
         def values(x: Any) -> Any:
-            return x.values if isinstance(x, Pretend) else torch.device("cpu") if is_device(x) else x
+            return x.values if isinstance(x, Pretend) else torch.device("cpu") if is_ours(x) else x
 
         def wrapped(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
@@ -119,10 +119,6 @@ class Device(TorchDispatchMode):
 
         outcome = function(*tree_map(values, args), **tree_map(values, kwargs))
         return tree_map(wrapped, outcome) if lands else outcome
-
-
-def is_device(x: Any) -> bool:
-    return isinstance(x, torch.device) and x.type == NAME
 
 
 def caller() -> str:

@@ -99,3 +99,22 @@ def test_no_batch_norm_no_pass():
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="no images"):
         reestimate(network(), network().state_dict(), iter(()))
+
+
+class Scaled(nn.BatchNorm2d):
+    """With a buffer that is no statistic."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_other_buffers_of_a_norm_are_the_models_own():
+    model, data = nn.Sequential(Scaled(2), nn.BatchNorm2d(2)), [torch.randn(20, 2, 3, 3)]
+    state = model.state_dict() | {"0.scale": torch.tensor(3.0)}
+    new = reestimate(model, state, data)
+    assert new["0.scale"] == 3
+    torch.testing.assert_close(new["1.running_var"], torch.full((2,), 9.0), rtol=0.05, atol=0)
