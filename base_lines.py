@@ -33,9 +33,9 @@ def run(o: Command, network: Network, device: torch.device, command: str) -> Pat
     """All of it, in every process alike; the first one writes."""
 
     def prepare() -> tuple[dict, MixingAgents]:
-        ckp, made_with, loaded, topology = settle(o, network.agents)
+        _, made_with, files, topology = settle(o, network.agents)
         return made_with, MixingAgents(MixSettings.of(o), topology, network,
-                                       *first_agents(o, network, device, ckp, loaded))
+                                       *first_agents(o, network, device, files))
 
     made_with, agents = network.agree(prepare)
     path, config, matter = the_run(o, made_with, agents.topology)

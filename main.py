@@ -35,11 +35,11 @@ def run(o: Command, network: Network, device: torch.device, command: str) -> Pat
     """All of it, in every process alike; the writer writes."""
 
     def prepare() -> tuple[dict, MergingAgents]:
-        ckp, made_with, loaded = settle_options(o, network.agents)
+        _, made_with, files = settle_options(o, network.agents)
         topology = topology_to_merge_over(o)
         settings = MergeSettings.of(o)
         agents = MergingAgents(settings, topology, network, *first_agents(
-            o, network, device, ckp, loaded, settings.reads_others))
+            o, network, device, files, settings.reads_others))
         agents.spec  # noqa: B018 - a model that can't be permuted at all is an error now, not after hours
         return made_with, agents
 

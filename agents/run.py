@@ -16,13 +16,14 @@ import torch
 
 from agents.local import LocalTrainer, ModelSettings, TrainSettings, load_agents_data, new_model
 from data.datasets import Dataset
-from experiments.checkpoints import State, digest, digest_of_all
+from experiments.checkpoints import digest, digest_of_all, load_model
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
 from merging.files import check_state, with_counts
 from network.faults import Faults
 from network.processes import Network
 from network.topology import Topology
+from network.wire import State
 from utils.progress import progress
 from utils.seeds import generator
 from utils.settings import FromOptions
@@ -212,13 +213,16 @@ def shares(network: Network, saved: dict | None) -> dict[int, dict | None] | Non
 
 @dataclass(frozen=True)
 class FirstModels(FromOptions):
-    """What the agents begin with: the `loaded` checkpoints of folder `ckp`, or random models, equal or different."""
+    """What the agents begin with: the checkpoints in `files`, or random models, equal or different."""
 
     randominit: bool
     diffinit: bool
     seed: int
-    ckp: Path | None = None
-    loaded: Mapping[int, State] = field(default_factory=dict)
+    files: Mapping[int, Path] = field(default_factory=dict)
+
+    @cached_property
+    def loaded(self) -> dict[int, State]:
+        return {i: load_model(file) for i, file in self.files.items()}
 
     def make(self, model: ModelSettings, dataset: Dataset, agents: Collection[int]) -> dict[int, State]:
         """These agents' models. Raises ValueError for a checkpoint of another architecture."""
@@ -228,23 +232,26 @@ class FirstModels(FromOptions):
             return {i: new_model(model, dataset, seed).state_dict() for i, seed in seeds.items()}
         loaded = {i: with_counts(state, template) for i, state in self.loaded.items()}
         for i, state in loaded.items():
-            check_state(state, template, str(self.ckp / f"model_{i}.pth"))
+            check_state(state, template, str(self.files[i]))
         return {i: {key: state[key].to(tensor.dtype) for key, tensor in template.items()}
                 for i, state in loaded.items()}
 
 
-def first_agents(options: Mapping[str, Any], network: Network, device: torch.device, ckp: Path | None,
-                 loaded: Mapping[int, State], all_images: bool = True
+def first_agents(options: Mapping[str, Any], network: Network, device: torch.device, files: Mapping[int, Path],
+                 all_images: bool = True
                  ) -> tuple[LocalTrainer, list[np.ndarray], list[np.ndarray], dict[int, State]]:
     """Who trains and evaluates, all agents' training and test images, and the first models of those that are here.
 
-    all_images: whether other agents' training images are kept too.
+    files: with the models of those agents; {} where these are random. all_images: whether other agents' training images
+    are kept too.
     """
+    first = FirstModels.of({**options, "files": files})
+    first.loaded  # noqa: B018 - before the images: of a damaged file the user hears at once
     model = ModelSettings.of(options)
     dataset, train_parts, test_parts = load_agents_data(options, device,
                                                         None if all_images else network.agents)
-    first = FirstModels.of({**options, "ckp": ckp, "loaded": loaded}).make(model, dataset, network.agents)
-    states = {i: {k: t.to(device) for k, t in state.items()} for i, state in first.items()}
+    states = {i: {k: t.to(device) for k, t in state.items()}
+              for i, state in first.make(model, dataset, network.agents).items()}
     trainer = LocalTrainer(new_model(model, dataset), dataset, TrainSettings.of(options), device)
     return trainer, train_parts, test_parts, states
 

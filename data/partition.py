@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,12 @@ def register_partition(name: str) -> Callable:
 
 def asks_for(name: str) -> frozenset[str]:
     """The options that a partition asks for: num_classes, seed, phase, alpha, ..."""
-    parameters = inspect.signature(PARTITIONS[name]).parameters.values()
+    return _keywords(PARTITIONS[name])
+
+
+@cache
+def _keywords(function: Callable) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
     return frozenset(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
 
 

@@ -16,7 +16,7 @@ from experiments.options import MAIN, SHORT, TRAIN, Settings, names, silent, usu
 from experiments.parsing import as_typed
 from merging.files import state_in
 from network.wire import State
-from storage.files import as_level, level, load_tensors, load_yaml
+from storage.files import as_level, level, load_tensors, load_yaml, while_unchanged
 
 
 def checkpoint_folder(o: Settings) -> Path:
@@ -32,6 +32,9 @@ def checkpoint_folder(o: Settings) -> Path:
 LEVELS = re.compile(r"/(?P<dataset>[^/]+)/(?P<model>[^/]+)/(?P<init_seed>same|diff)_initialization/"
                     r"models_no(?P<num_models>\d+)/data_dist_(?P<data_dist>[^/]+)/num_epochs_(?P<epochs>\d+)/"
                     r"(?:(?P<unusual>[^/]*=[^/]*)/)?random_seed_(?P<seed>\d+)$")
+
+
+config_in = while_unchanged(load_yaml)
 
 
 def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def describe(folder: Path, parser: ArgumentParser) -> dict[str, Any]:
             del said["dataset"]
         said |= {long.get(key, key): value for key, _, value in settings if long.get(key, key) in known}
     config = folder / "config.yaml"
-    return as_typed(parser, said, f"the path {folder}") | as_typed(parser, load_yaml(config), str(config))
+    made_with = config_in(config) if config.exists() else {}
+    return as_typed(parser, said, f"the path {folder}") | as_typed(parser, made_with, str(config))
 
 
 def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> None:
@@ -74,8 +78,8 @@ def inherit(options: dict[str, Any], made_with: dict[str, Any], source: str) -> 
 KINDS = (".pth", ".pt", ".safetensors")
 
 
-def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[int, State]:
-    """The models of `agents` on the CPU, out of model_0.pth ... of exactly `num_models`; other KINDS are read as well.
+def model_files(folder: Path, num_models: int, agents: Collection[int]) -> dict[int, Path]:
+    """Where the models of `agents` are: in model_0.pth ... of exactly `num_models`, or in files of other KINDS.
 
     An agent that is here on its own may have a folder with nothing but its own model.
     """
@@ -87,7 +91,12 @@ def load_states(folder: Path, num_models: int, agents: Collection[int]) -> dict[
             found[int(number[1])] = file
     if found.keys() not in (set(range(num_models)), set(agents)):
         raise ValueError(f"--num_models {num_models}, but {folder} holds {len(found)} finished models (model_<i>.pth)")
-    return {i: state_in(load_tensors(found[i]), found[i]) for i in agents}
+    return {i: found[i] for i in agents}
+
+
+def load_model(file: Path) -> State:
+    """The model in a file, on the CPU."""
+    return state_in(load_tensors(file), file)
 
 
 def digest(state: State) -> str:
@@ -96,6 +105,12 @@ def digest(state: State) -> str:
     for key, value in state.items():
         content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()[:12]
+
+
+@while_unchanged
+def digest_in(file: Path) -> str:
+    """`digest` of the model in a file."""
+    return digest(load_model(file))
 
 
 def digest_of_all(digests: Mapping[int, str]) -> str:

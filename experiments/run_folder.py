@@ -36,6 +36,7 @@ from storage.files import (
     save_tensors,
     save_text,
     save_yaml,
+    whole_numbers,
     writing,
 )
 from utils.progress import say
@@ -80,15 +81,17 @@ def contradictions(old: Mapping[str, Any], config: Mapping[str, Any], silent: Co
     return [key for key in config if key not in may_differ and key in old and old[key] != config[key]]
 
 
-def committed(path: Path) -> dict[str, Any]:
-    """What the run in this folder has finished, its tensors still on the disk; {} if nothing."""
+def how_far(path: Path) -> tuple[int, int]:
+    """How far the run in this folder is: its last finished iteration, and the bytes of its metrics.csv then; zeros if
+    nothing is finished. No tensor is read: a sweep looks into hundreds of folders."""
     file = path / "state.pt"
-    return read_state(file, mmap=True) if file.exists() else {}
+    said = whole_numbers(file, ("iteration", "metrics_bytes")) if file.exists() else {}
+    return said.get("iteration", 0), said.get("metrics_bytes", 0)
 
 
-def read_state(file: Path, mmap: bool = False) -> dict[str, Any]:
+def read_state(file: Path) -> dict[str, Any]:
     """A run's state. Raises ValueError, naming the file, for anything else."""
-    state = load_state(file, STATE, mmap)
+    state = load_state(file, STATE)
     lists = {key: value for key, value in state.items() if isinstance(value, list)}
     counts = [state["iteration"], state["metrics_bytes"], *state["samples"], *state["steps"], *state.get("agents", ())]
     if state["phase"] not in PHASES or min(counts) < 0 or len(set(map(len, lists.values()))) > 1:
@@ -158,7 +161,7 @@ class RunFolder:
     def _last_finished(self, start: int) -> int:
         """What state.pt says; where that can't be read, `start`, if its state was kept."""
         try:
-            return committed(self.path).get("iteration", 0)
+            return how_far(self.path)[0]
         except ValueError:
             if start and self._kept_file(start).exists():
                 return start

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from experiments.checkpoints import State, describe, digest, digest_of_all, inherit, load_states
+from experiments.checkpoints import describe, digest_in, digest_of_all, inherit, load_model, model_files
 from experiments.options import Command, train_parser
-from experiments.run_folder import RunFolder, circumstances, committed, contradictions
+from experiments.run_folder import RunFolder, circumstances, contradictions, how_far
 from experiments.trainings import fill_defaults
 from models import infer_width
 from models.training import LOSSES
@@ -16,15 +16,15 @@ from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 from storage.files import load_yaml
 
 
-def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, State]]:
+def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, Path]]:
     """Fill in what follows from the checkpoint, and check what contradicts.
 
-    Returns its folder, its description and the models of `agents`.
+    Returns its folder, its description and the files with the models of `agents`.
     """
     if o["exp"] is not None and o["topology"] is not None:
         raise ValueError(f"--exp {o['exp']} and --topology {o['topology']} both name the topology: give one")
     o["topology"] = o["topology"] or EXPS[o["exp"] or 1]
-    made_with, loaded, ckp = {}, {}, Path(o["ckp"]) if o["ckp"] is not None else None
+    made_with, files, ckp = {}, {}, Path(o["ckp"]) if o["ckp"] is not None else None
     if o["merg_itr_init"] >= o["merg_itr"]:
         raise ValueError(f"--merg_itr_init {o['merg_itr_init']} leaves nothing to do of --merg_itr {o['merg_itr']}")
     if o["diffinit"] and not o["randominit"]:
@@ -40,13 +40,13 @@ def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, di
         if o["partition_seed"] is None:
             o["partition_seed"] = made_with.get("seed")
         if not o["randominit"]:
-            loaded = load_states(ckp, o["num_models"], agents)
+            files = model_files(ckp, o["num_models"], agents)
             if o["width_multiplier"] is None:
-                o["width_multiplier"] = infer_width(o["model"], next(iter(loaded.values())))
+                o["width_multiplier"] = infer_width(o["model"], load_model(next(iter(files.values()))))
     fill_defaults(o)
     if made_with.get("partition_digest") not in (None, o.get("partition_digest")):
         raise ValueError(f"--partition_file {o['partition_file']} has changed since {ckp} was made: restore it")
-    return ckp, made_with, loaded
+    return ckp, made_with, files
 
 
 def pretraining(o: Command, made_with: dict) -> dict:
@@ -64,18 +64,21 @@ def without_say(matter: dict) -> set[str]:
     return {key for key, value in matter.items() if value is None}
 
 
-def completed(path: Path, config: dict, matter: dict, loaded: dict[int, State]) -> tuple[Path, int] | None:
-    """The folder and its last iteration, if it holds just this run, from the `loaded` models on, and nothing is left to
-    do; else None."""
-    if loaded:
-        config = config | {"first_models": digest_of_all({i: digest(state) for i, state in loaded.items()})}
-    old, state, metrics = load_yaml(path / "config.yaml"), committed(path), path / "metrics.csv"
-    if not (old and state and metrics.exists()) or contradictions(old, config, without_say(matter)):
+def completed(path: Path, config: dict, matter: dict, files: dict[int, Path]) -> tuple[Path, int] | None:
+    """The folder and its last iteration, if it holds just this run, from the models in `files` on, and nothing is left
+    to do; else None."""
+    old, metrics = load_yaml(path / "config.yaml"), path / "metrics.csv"
+    if not (old and metrics.exists()) or contradictions(old, config, without_say(matter)):
         return None
-    # Random models are the same as then if torch is.
-    done = (state["iteration"] >= config["merg_itr"] and state["metrics_bytes"] == metrics.stat().st_size
-            and bool(loaded or old.get("versions") == circumstances("")["versions"]))
-    return (path, state["iteration"]) if done else None
+    iteration, metrics_bytes = how_far(path)
+    if iteration < config["merg_itr"] or metrics_bytes != metrics.stat().st_size:
+        return None
+    if files:
+        begun_with = {"first_models": digest_of_all({i: digest_in(file) for i, file in files.items()})}
+        same = not contradictions(old, begun_with, ())
+    else:  # random models are the same as then if torch is
+        same = old.get("versions") == circumstances("")["versions"]
+    return (path, iteration) if same else None
 
 
 def matrices(name: str, topology: Topology) -> dict[str, list]:

@@ -91,23 +91,21 @@ def load_tensors(path: Path) -> Any:
         return read_tensors(file, path)
 
 
-def read_tensors(file: BinaryIO, path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+def read_tensors(file: BinaryIO, path: Path, device: torch.device | str = "cpu") -> Any:
     """What torch.save or safetensors wrote to an opened file, without running code from it.
 
-    mmap: leave tensors on the disk until they are looked at; what is damaged in them isn't noticed then.
     Raises ValueError that names an unreadable or damaged file, by its `path`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about what the checks below refuse
         try:
-            zipped = zipfile.is_zipfile(file)
-            if zipped:
-                _check_records(file, all_of_them=not mmap)
+            if zipfile.is_zipfile(file):
+                _check_records(file)
             if _is_safetensors(file):
                 import safetensors.torch  # see above
                 return safetensors.torch.load_file(path, device=str(device))
             file.seek(0)
-            content = torch.load(path if mmap else file, map_location=device, weights_only=True, mmap=mmap and zipped)
+            content = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a broken file
             raise ValueError(f"{path} can't be read as a checkpoint: {_reason(file, error)}") from error
     for tensor in _tensors_in(content):
@@ -124,7 +122,7 @@ def _is_safetensors(file: BinaryIO) -> bool:
     return file.read(10)[8:9] == b"{"
 
 
-def _check_records(file: BinaryIO, all_of_them: bool) -> None:
+def _check_records(file: BinaryIO) -> None:
     """Raise zipfile.BadZipFile unless the records in a torch file are those that were written.
 
     torch writes a checksum of each and doesn't look at it when it loads: a flipped bit would go unnoticed.
@@ -136,10 +134,9 @@ def _check_records(file: BinaryIO, all_of_them: bool) -> None:
         if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
             raise zipfile.BadZipFile("it claims to hold more than it does")
         for record in records:
-            if all_of_them or "/data/" not in record.filename:  # the others hold the tensors' entries
-                with archive.open(record) as content:
-                    while content.read(1 << 20):
-                        pass
+            with archive.open(record) as content:
+                while content.read(1 << 20):
+                    pass
 
 
 def _reason(file: BinaryIO, error: Exception) -> str:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import os
+import pickletools
 import re
 import reprlib
 import secrets
 import shutil
 import stat
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
 
+T = TypeVar("T")
 SCHEMA = 1  # of the states to continue from; those of before there was a number count as 0
+# Operations of a pickle: a whole number, and those that keep the value before for later.
+INTEGERS = {"BININT", "BININT1", "BININT2", "LONG1"}
+MEMOISED = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
 MOST_TEXT = 1 << 28  # bytes of a text file; the metrics of a thousand agents over a hundred merges take 20 MB
 
 
@@ -158,6 +165,21 @@ def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, str]]
     return rows
 
 
+def while_unchanged(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read`, called once for a file as long as it stays as it is: a sweep's runs have checkpoints in common. What it
+    returns is everybody's."""
+    known: dict[Path, tuple[tuple[int, ...], T]] = {}
+
+    def once(path: Path) -> T:
+        now = path.stat()
+        stamp = (now.st_ino, now.st_size, now.st_mtime_ns)
+        if path not in known or known[path][0] != stamp:
+            known[path] = (stamp, read(path))
+        return known[path][1]
+
+    return once
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in `path`; {} when there is no such file. Raises ValueError, naming the file, for anything else."""
     if not path.exists():
@@ -174,25 +196,48 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     """`merging.files.read_tensors` of a regular file. Raises ValueError that names an unreadable or damaged one."""
     from merging.files import read_tensors  # here: tables and pictures, which read texts, begin without it
 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     with open_regular(path) as file:
-        return read_tensors(file, path, device, mmap)
+        return read_tensors(file, path, device)
 
 
-def load_state(path: Path, structure: Any, mmap: bool = False) -> dict[str, Any]:
+def load_state(path: Path, structure: Any) -> dict[str, Any]:
     """What `save_state` wrote. Raises ValueError for another structure (see `mismatch`), or a newer schema."""
-    content = load_tensors(path, mmap=mmap)
+    content = load_tensors(path)
     schema = content.get("schema", 0) if isinstance(content, dict) else 0
     if type(schema) is int and schema > SCHEMA:
         raise ValueError(f"{path} is of schema {schema}, and this version knows up to {SCHEMA}: update the program")
     if wrong := mismatch(content, {"schema?": int} | structure):
         raise ValueError(f"{path} is not a state of this program: {wrong}")
     return content
+
+
+def whole_numbers(path: Path, names: Collection[str]) -> dict[str, int]:
+    """The whole numbers of these names in what `save_state` wrote, those that are there.
+
+    Its pickle is searched for each name as torch.save writes it, and nothing of it is carried out; the tensors are
+    neither read nor checked. Raises ValueError, naming the file, for what is none of torch's.
+    """
+    found = {}
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(record) as content:
+                pickled = content.read(MOST_TEXT)
+        for name in names:
+            written = b"X" + len(name).to_bytes(4, "little") + name.encode()  # BINUNICODE
+            if (at := pickled.find(written)) >= 0:
+                after = (step for step in pickletools.genops(pickled[at:]) if step[0].name not in MEMOISED)
+                operation, value, _ = next(itertools.islice(after, 1, None))
+                found |= {name: value} if operation.name in INTEGERS else {}
+    except Exception as error:  # zipfile and pickletools raise half a dozen types for a broken file
+        raise ValueError(f"{path} can't be read: it is damaged, cut off or of another kind ({error})") from None
+    return found
 
 
 def mismatch(content: Any, structure: Any, where: str = "it") -> str | None:

@@ -3,7 +3,16 @@ import safetensors.torch
 import torch
 import yaml
 
-from experiments.checkpoints import checkpoint_folder, describe, digest, digest_of_all, load_states
+from experiments import checkpoints
+from experiments.checkpoints import (
+    checkpoint_folder,
+    describe,
+    digest,
+    digest_in,
+    digest_of_all,
+    load_model,
+    model_files,
+)
 from experiments.options import train_parser
 from merging.files import check_state, with_counts
 from storage.files import save_tensors
@@ -43,6 +52,10 @@ def test_a_config_that_lies_is_named(tmp_path, key, value):
 WEIGHT = {"conv1.weight": torch.zeros(3), "bn1.num_batches_tracked": torch.tensor(0)}
 
 
+def models_in(folder):
+    return {i: load_model(file) for i, file in model_files(folder, 1, [0]).items()}
+
+
 def prefixed(prefix, state=WEIGHT):
     return {prefix + key: value for key, value in state.items()}
 
@@ -54,7 +67,7 @@ def prefixed(prefix, state=WEIGHT):
 def test_what_is_no_model_is_named(tmp_path, content, said):
     save_tensors(tmp_path / "model_0.pth", content)
     with pytest.raises(ValueError, match=rf"model_0\.pth.*{said}"):
-        load_states(tmp_path, 1, [0])
+        models_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model_0.pth", "model_0.pt"])
@@ -64,21 +77,21 @@ def test_what_is_no_model_is_named(tmp_path, content, said):
     {"model": {"state_dict": prefixed("_orig_mod.module.")}}])
 def test_models_are_read_as_people_keep_them(tmp_path, name, content):
     save_tensors(tmp_path / name, content)
-    equal(load_states(tmp_path, 1, [0])[0], WEIGHT)
+    equal(models_in(tmp_path)[0], WEIGHT)
 
 
 def test_models_in_safetensors_are_read(tmp_path):
     safetensors.torch.save_file(prefixed("module."), tmp_path / "model_0.safetensors")
-    read = load_states(tmp_path, 1, [0])[0]
+    read = models_in(tmp_path)[0]
     equal({key: read[key] for key in WEIGHT}, WEIGHT)
     whole = (tmp_path / "model_0.safetensors").read_bytes()
     for cut in (9, 40, len(whole) - 1):
         (tmp_path / "model_0.safetensors").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r"model_0\.safetensors can't be read"):
-            load_states(tmp_path, 1, [0])
+            models_in(tmp_path)
     save_tensors(tmp_path / "model_0.pth", WEIGHT)
     with pytest.raises(ValueError, match="keep one of them"):
-        load_states(tmp_path, 1, [0])
+        models_in(tmp_path)
 
 
 def test_counts_of_batches_that_are_missing_are_0():
@@ -104,3 +117,15 @@ def test_a_digest_tells_models_apart():
     several = [digest_of_all({i: digests[name] for i, name in enumerate(names)}) for names in ("ab", "ba", "aa", "a")]
     assert len(set(several)) == 4
     assert several[0] == digest_of_all({1: digests["b"], 0: digests["a"]})
+
+
+def test_a_model_is_read_again_only_when_its_file_has_changed(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(checkpoints, "load_model", lambda file: read.append(file) or load_model(file))
+    file = tmp_path / "model_0.pth"
+    save_tensors(file, WEIGHT)
+    assert digest_in(file) == digest_in(file) == digest(WEIGHT)
+    other = WEIGHT | {"conv1.weight": torch.ones(3)}
+    save_tensors(file, other)
+    assert digest_in(file) == digest_in(file) == digest(other) != digest(WEIGHT)
+    assert len(read) == 2

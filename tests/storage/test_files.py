@@ -22,6 +22,7 @@ from storage.files import (
     save_state,
     save_tensors,
     save_text,
+    whole_numbers,
 )
 
 STATE = {"weight": torch.arange(1000.0), "count": torch.tensor(3)}
@@ -212,3 +213,27 @@ def test_a_moved_file_is_on_the_disk_with_its_folder(tmp_path, monkeypatch):
                         lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     save_text(tmp_path / "state.pt", "x")
     assert len(synced) == 2 and synced[0].endswith(".tmp") and synced[1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**40, -1, -(2**40)])
+def test_numbers_are_found_in_a_state_of_any_size_without_loading_it(tmp_path, number):
+    file = tmp_path / "state.pt"
+    save_state(file, {"iteration": number, "said": "iteration", "states": [STATE] * 3, "metrics_bytes": number,
+                      "text": "12", "yes": True, "more": [7], "real": 1.0})
+    assert whole_numbers(file, ("iteration", "metrics_bytes", "schema")) == {
+        "iteration": number, "metrics_bytes": number, "schema": SCHEMA}
+    assert whole_numbers(file, ("text", "yes", "more", "real", "none")) == {}
+
+
+def test_numbers_are_not_found_in_what_is_no_state(tmp_path):
+    file = tmp_path / "state.pt"
+    save_state(file, {"iteration": 3})
+    whole = file.read_bytes()
+    for content in (b"", b"text", whole[:-1], whole[:len(whole) // 2], whole.replace(b"iteration", b"iterasion")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"state\.pt can't be read"):
+            whole_numbers(file, ["iteration"])
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/other.pkl", b"")
+    with pytest.raises(ValueError, match=r"state\.pt can't be read"):
+        whole_numbers(file, ["iteration"])
