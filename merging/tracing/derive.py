@@ -18,7 +18,7 @@ from merging.tracing.running import converted, is_mixed, own_copy, run, unwrappe
 from merging.tracing.spec import Member, PermutationSpec, Read
 from merging.tracing.trace import Source, Trace
 from merging.tracing.units import MISSING, RANKS, Labels, Layout, Units, varied
-from merging.tracing.verification import Arguments, Choice, Example, arguments, samples, verify
+from merging.tracing.verification import Arguments, Choice, Example, arguments, samples, verify, with_rows_as_it_takes
 from merging.tracing.watch import UnsupportedOperation, Watch, tensors_of, tensors_within
 
 
@@ -48,7 +48,10 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
     original = unwrapped(model)
     if what := converted(original):
         raise UnsupportedOperation(f"{what}, so it can't be watched at work: pass the model that it was made from")
-    example = arguments(example, kwargs, outputs)
+    return with_rows_as_it_takes(arguments(example, kwargs, outputs), lambda given: _derive(original, given, check))
+
+
+def _derive(original: nn.Module, example: Arguments, check: bool) -> PermutationSpec:
     inputs = samples(original, example)
     model = own_copy(original)
     shared = units, names, state, _ = Units(), _names(model), {}, {}

@@ -151,6 +151,8 @@ def converted(model: nn.Module) -> str:
 
 
 def _shape(x: Any) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(_shape, x))}]"
     return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 

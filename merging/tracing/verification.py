@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from merging.tracing.watch import tensors_of, tensors_within
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 Choice = str | int | Callable[[Any], Any]
+T = TypeVar("T")
 
 
 class Arguments(NamedTuple):
@@ -25,6 +26,7 @@ class Arguments(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     outputs: Choice | None = None
+    as_it_is: bool = False  # how many rows its tensors have stays
 
     def chosen(self, results: Any) -> Any:
         """What of a forward pass's results counts."""
@@ -56,6 +58,17 @@ def arguments(example: Example, kwargs: Mapping[str, Any] | None = None, outputs
     return Arguments(args, dict(kwargs or {}), outputs)
 
 
+def with_rows_as_it_takes(example: Arguments, job: Callable[[Arguments], T]) -> T:
+    """The job done with the example or, where the model doesn't run on other numbers of rows, with as many as it has:
+    an image in a list has its channels in the first dimension."""
+    try:
+        return job(example)
+    except DoesNotRun:
+        if example.as_it_is:
+            raise
+        return job(example._replace(as_it_is=True))
+
+
 def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance: float = 1e-9,
            kwargs: Mapping[str, Any] | None = None, outputs: Choice | None = None) -> float:
     """Check that permuting the units of every group leaves the function alone; the relative error of the outputs.
@@ -71,8 +84,12 @@ def verify(model: nn.Module, spec: PermutationSpec, example: Example, tolerance:
     compared: there are none, none is finite, their number varies, they don't depend on what is permuted, or they depend
     on more than inputs and tensors.
     """
-    model, example = unwrapped(model), arguments(example, kwargs, outputs)
+    model = unwrapped(model)
+    return with_rows_as_it_takes(arguments(example, kwargs, outputs),
+                                 lambda given: _verified(model, spec, given, tolerance))
 
+
+def _verified(model: nn.Module, spec: PermutationSpec, example: Arguments, tolerance: float) -> float:
     def in_double() -> nn.Module:
         return own_copy(model).cpu().double()
 
@@ -250,10 +267,10 @@ def samples(model: nn.Module, example: Example, number: int = 2, draw: Callable[
     def sample(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.ndim:
             return x
-        shape = (number if len(x) == rows else len(x), *x.shape[1:])
+        shape = (number if len(x) == rows and not example.as_it_is else len(x), *x.shape[1:])
         if x.is_floating_point() or x.is_complex():
             return draw(x, shape, noise).to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         top = int(x.max()) + 1 if x.numel() and x.dtype != torch.bool else 1  # numbers as large as the example's
         return torch.randint(max(top, 1), shape, generator=noise).to(like.device, x.dtype)
 
-    return Arguments(*tree_map(sample, tuple(example)))
+    return example._replace(args=tree_map(sample, example.args), kwargs=tree_map(sample, example.kwargs))

@@ -522,6 +522,25 @@ def test_a_forward_pass_is_called_as_it_takes_its_arguments(example, kwargs):
         spec_from_axes(Called(), WRONG[0], example=example, kwargs=kwargs)
 
 
+class Listed(Net):
+    """As torchvision's detectors take images: a list of them, without a batch dimension."""
+
+    def forward(self, images):
+        if any(image.shape != (1, 4, 4) for image in images):
+            raise ValueError("an image has one channel")
+        return super().forward(torch.stack(list(images)))
+
+
+def test_images_in_a_list_keep_their_channels():
+    images = [IMAGES[0], IMAGES[1]]
+    assert derive_spec(Listed(), (images,)).sizes == {"a": 8}
+    assert verify(Listed(), spec_from_axes(Listed(), RIGHT, example=(images,)), (images,)) < 1e-12
+    with pytest.raises(ValueError, match="group 'h' changes the outputs"):
+        spec_from_axes(Listed(), WRONG[0], example=(images,))
+    with pytest.raises(ValueError, match=r"Listed fails on an example of shape \[\(2, 4, 4\)\]: an image has one"):
+        derive_spec(Listed(), ([torch.rand(2, 4, 4)],))
+
+
 class Hidden(Net):
     def __init__(self, wrap):
         super().__init__()
@@ -554,7 +573,7 @@ def test_what_of_the_outputs_stays_can_be_chosen(wrap, outputs):
 def test_examples_that_are_none_are_named():
     with pytest.raises(ValueError, match=r"a tensor, a tuple .* or a dict of its keyword arguments, not a str"):
         derive_spec(Net(), "x")
-    with pytest.raises(ValueError, match=r"Net fails on an example of shape y=\(2, 16\): .*unexpected keyword"):
+    with pytest.raises(ValueError, match=r"Net fails on an example of shape y=\(1, 16\): .*unexpected keyword"):
         derive_spec(Net(), {"y": torch.rand(1, 16)})
 
 
