@@ -87,7 +87,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
         kwargs["init_weights"] = False
     model = torchvision.models.get_model(name, **kwargs)
     if name in torchvision.models.list_models(video):
-        side = 224 if name.startswith("mvit") else 112
+        side = 224 if name.startswith(("mvit", "s3d")) else 112
         return model, torch.zeros(1, 3, 16, side, side)
     side = getattr(model, "image_size", None) or (299 if name == "inception_v3" else 224 if "maxvit" in name else 64)
     return model, torch.zeros(1, 3, side, side)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from data.images import CACHE, decode_all, decoding, pixels, rgb
 from storage.files import open_regular
-from utils.memory import physical_memory
+from utils.memory import usable_memory
 from utils.progress import progress
 from utils.seeds import generator
 
@@ -253,5 +253,6 @@ def _stacked(part: str, images: Sequence, size: int) -> Arrays:
 
 
 def _must_fit(name: str, size: int) -> None:
-    if size > (there := physical_memory()):
-        raise ValueError(f"{name}: decoded it takes {size / 2**30:,.1f} GiB, this machine has {there / 2**30:,.1f}")
+    if size > (there := usable_memory()):
+        raise ValueError(f"{name}: decoded it takes {size / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} of "
+                         "memory")

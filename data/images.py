@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from storage.files import open_regular
-from utils.memory import physical_memory
+from utils.memory import usable_memory
 from utils.progress import progress
 
 CACHE = ".cache"  # the folder in the data's for what was decoded
@@ -61,10 +61,10 @@ def room(shape: tuple[int, ...], scratch: Path | None) -> np.ndarray:
 
     Raises ValueError where neither has room for it.
     """
-    size, there = math.prod(shape), physical_memory()
+    size, there = math.prod(shape), usable_memory()
     if size <= there / 2:
         return np.empty(shape, np.uint8)
-    said = f"decoded they take {size / 2**30:,.1f} GiB, this machine has {there / 2**30:,.1f} of memory"
+    said = f"decoded they take {size / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} of memory"
     if scratch is None:
         raise ValueError(said)
     try:

@@ -9,7 +9,7 @@ from models import resnet20, resnet50, vgg16  # noqa: F401  (each registers its 
 from models.norms import NORMS
 from models.registry import MODELS, ModelBuilder, register_model
 from models.torchvision_zoo import PREFIX, zoo_builder
-from utils.memory import physical_memory
+from utils.memory import usable_memory
 
 __all__ = ["MODELS", "NORMS", "build_model", "infer_width", "model_builder", "register_model"]
 
@@ -67,10 +67,10 @@ def build_model(
 
     if width_multiplier > 8:  # the paper's is known to fit
         with torch.device("meta"):
-            needed, there = sum(t.numel() * t.itemsize for t in build().state_dict().values()), physical_memory()
+            needed, there = sum(t.numel() * t.itemsize for t in build().state_dict().values()), usable_memory()
         if needed > there:
-            raise ValueError(f"--width_multiplier {width_multiplier}: {name} takes {needed / 2**30:,.0f} GiB, this "
-                             f"machine has {there / 2**30:,.0f}")
+            raise ValueError(f"--width_multiplier {width_multiplier}: {name} takes {needed / 2**30:,.0f} GiB, "
+                             f"there are {there / 2**30:,.0f} of memory")
     if seed is None:
         return build()
     with torch.random.fork_rng(devices=[]):

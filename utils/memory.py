@@ -5,16 +5,40 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 
+CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux
 
-def physical_memory() -> float:
-    """Bytes of this machine; infinity where it doesn't say."""
+
+def usable_memory() -> float:
+    """Bytes that this process may take: the machine's, or what a container or a batch job leaves it of them. Infinity
+    where nobody says."""
+    return min([_physical_memory(), *_limits()])
+
+
+def _physical_memory() -> float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return float("inf")
+
+
+def _limits() -> Iterator[float]:
+    """Those of the control groups, of both versions, that this process is in, and of those around them. Within a
+    container the groups' paths are often the host's, and its own limit stands at the root."""
+    with suppress(OSError, ValueError):
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            root = CONTROL_GROUPS / kinds
+            name = "memory.limit_in_bytes" if kinds else "memory.max"
+            for folder in (root, *(root / part for part in accumulate(Path(group).parts[1:], os.path.join))):
+                with suppress(OSError, ValueError):  # there is none, or it says "max"
+                    yield int((folder / name).read_text())
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>

@@ -53,7 +53,7 @@ def test_a_folder_of_training_and_test_images(tmp_path, test):
 
 
 def test_a_folder_larger_than_memory_is_decoded_into_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "physical_memory", lambda: 200.0)
+    monkeypatch.setattr(images, "usable_memory", lambda: 200.0)
     usual, files = np.memmap, []
     monkeypatch.setattr(np, "memmap", lambda file, *rest, **how: files.append(file.name) or usual(file, *rest, **how))
     train = write(tmp_path / "set/train", {"b": 4, "a": 7})
@@ -67,11 +67,11 @@ def test_a_disk_without_room_for_a_large_folder_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images, "physical_memory", lambda: 200.0)
+    monkeypatch.setattr(images, "usable_memory", lambda: 200.0)
     monkeypatch.setattr(images.os, "posix_fallocate", full, raising=False)
     for part in ("train", "test"):
         write(tmp_path / "set" / part, {"a": 4, "b": 4})
-    with pytest.raises(ValueError, match=r"take 0.0 GiB, this machine has 0.0 of memory, .*no room .*No space"):
+    with pytest.raises(ValueError, match=r"take 0.0 GiB, there are 0.0 of memory, .*no room .*No space"):
         load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=6)
 
 
