@@ -49,9 +49,13 @@ def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Pa
                scratch: Path | None = None) -> np.ndarray:
     """uint8 (n, 3, side, side), on a few threads: Pillow decodes outside the lock. scratch: see `room`."""
     images = room((len(files), 3, side, side), scratch)
+
+    def put(k: int) -> None:  # by the thread that decoded it: others would run ahead of one that waits for a disk
+        images[k] = decode(files[k])
+
     with ThreadPoolExecutor() as pool:
-        for k, image in enumerate(progress(pool.map(decode, files), f"decoding {part} images", len(files), "image")):
-            images[k] = image
+        for _ in progress(pool.map(put, range(len(files))), f"decoding {part} images", len(files), "image"):
+            pass
     return images
 
 
