@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from data.batches import Batches
 from data.datasets import Dataset, some_images
+from data.images import CACHE
 from data.noise import with_feature_noise
 from experiments.dealing import deal, seed_of_data
 from models import build_model, training
@@ -55,14 +57,14 @@ def load_agents_data(options: Mapping[str, Any], device: torch.device,
     is kept (the others have no indices then).
     """
     dataset, train_parts, test_parts = deal(options)
-    num_agents, strength = options["num_models"], options["feature_noise"]
+    num_agents, strength, scratch = options["num_models"], options["feature_noise"], Path(options["data_dir"]) / CACHE
     if strength:
         noisy = range(num_agents) if only is None else only
         dataset = with_feature_noise(dataset, {i: train_parts[i] for i in noisy}, num_agents, strength,
-                                     seed_of_data(options))
+                                     seed_of_data(options), scratch)
     if only is not None and len(only) < num_agents:
         kept = np.sort(np.concatenate([train_parts[i] for i in only]))
-        dataset = dataset.with_only(kept)
+        dataset = dataset.with_only(kept, scratch)
         train_parts = [np.searchsorted(kept, part if i in only else part[:0]) for i, part in enumerate(train_parts)]
     return dataset.to(device, room_for_images(device, options.get("data_memory"))), train_parts, test_parts
 

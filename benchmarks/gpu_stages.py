@@ -39,7 +39,7 @@ from benchmarks.main_job import (
     write_npz,
 )
 from benchmarks.processes import ROOT, measure
-from data.datasets import Dataset, load_dataset
+from data.datasets import Dataset, ImageSet, load_dataset
 from merging import METHODS
 from models import build_model
 from models.training import AMP
@@ -456,7 +456,7 @@ CELL = 50_000  # CIFAR's training images
 
 
 def with_first(dataset: Dataset, count: int) -> Dataset:
-    return dataset.with_only(torch.arange(min(count, len(dataset.train))).numpy())
+    return replace(dataset, train=ImageSet(dataset.train.images[:count], dataset.train.labels[:count]))
 
 
 @stage(share=2)

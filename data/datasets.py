@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from data import elsewhere
-from data.images import CACHE, decode_all, decoding, pixels
+from data.images import CACHE, decode_all, decoding, pixels, room
 from storage.files import lock, open_regular, read_text, save_text, write_atomically
 from utils.seeds import generator
 
@@ -75,9 +75,9 @@ class Dataset:
         """On the device, but for images of one kind that take more than so many bytes: these go there by batches."""
         return replace(self, train=self.train.to(device, most), test=self.test.to(device, most))
 
-    def with_only(self, indices: np.ndarray) -> Dataset:
-        """With these of the training images and no others, in this order."""
-        return replace(self, train=_take(self.train, indices))
+    def with_only(self, indices: np.ndarray, scratch: Path) -> Dataset:
+        """With these of the training images and no others, in this order. scratch: see `room`."""
+        return replace(self, train=_take(self.train, indices, scratch))
 
 
 DATASETS: dict[str, Callable[[Path, Path | None, bool], Dataset]] = {}
@@ -125,12 +125,13 @@ def load_dataset(
         dataset = DATASETS[name](Path(data_dir), Path(imgntdir) if imgntdir else None, download)
     else:
         dataset = _from_elsewhere(name, Path(data_dir), download, image_size)
+    scratch = Path(data_dir) / CACHE
     if holdout:
-        dataset = _hold_out(dataset, holdout)
+        dataset = _hold_out(dataset, holdout, scratch)
     for part, n in (("train", train_samples), ("test", test_samples)):
         if n:
             images = getattr(dataset, part)
-            dataset = replace(dataset, **{part: _take(images, class_balanced(images.labels.numpy(), n))})
+            dataset = replace(dataset, **{part: _take(images, class_balanced(images.labels.numpy(), n), scratch)})
     return dataset
 
 
@@ -158,8 +159,7 @@ def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dat
     parts, classes = _image_sets(arrays), int(max(arrays[f"{part}_labels"].max() for part in ("train", "test"))) + 1
     if classes > MOST_CLASSES:
         raise ValueError(f"{name}: its classes go up to {classes - 1}; at most {MOST_CLASSES} are known to make sense")
-    some = parts["train"].images[:: max(1, len(parts["train"]) // 10_000)].float() / 255
-    mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp(min=1 / 255)
+    mean, std = _mean_and_deviation(parts["train"].images[:: max(1, len(parts["train"]) // 10_000)])
     return Dataset(name, **parts, num_classes=classes, mean=tuple(mean.tolist()), std=tuple(std.tolist()),
                    flip=elsewhere.are_mirrored(name), padding=parts["train"].images.shape[-1] // 8)
 
@@ -167,18 +167,36 @@ def _from_elsewhere(name: str, data_dir: Path, download: bool, size: int) -> Dat
 MOST_CLASSES = 100_000
 
 
-def _hold_out(dataset: Dataset, n: int) -> Dataset:
+def _mean_and_deviation(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel of uint8 images (n, C, H, W), as if from 0 to 1, the deviation at least one step of 255.
+
+    A part of the images at a time: as floating numbers all may be more than the memory holds.
+    """
+    count = images[:, 0].numel()
+    total, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for part in images.split(max(1, 2**22 // images[0].numel())):
+        x = part.double()
+        total += x.sum((0, 2, 3))  # whole numbers: exact
+        squares += x.square().sum((0, 2, 3))
+    deviation = ((squares - total.square() / count) / max(count - 1, 1)).clamp(min=0).sqrt()
+    return total / count / 255, deviation.clamp(min=1) / 255
+
+
+def _hold_out(dataset: Dataset, n: int, scratch: Path) -> Dataset:
     count = len(dataset.train)
     if n >= count:
         raise ValueError(f"cannot hold out {n} images: {dataset.name} has {count} to train on")
     held = np.zeros(count, dtype=bool)
     held[count - 1 - class_balanced(dataset.train.labels.numpy()[::-1], n)] = True
-    return replace(dataset, train=_take(dataset.train, ~held), test=_take(dataset.train, held))
+    return replace(dataset, train=_take(dataset.train, ~held, scratch),
+                   test=_take(dataset.train, held, scratch))
 
 
-def _take(images: ImageSet, chosen: np.ndarray) -> ImageSet:
-    chosen = torch.from_numpy(chosen)
-    return ImageSet(images.images[chosen], images.labels[chosen])
+def _take(images: ImageSet, chosen: np.ndarray, scratch: Path) -> ImageSet:
+    """chosen: indices, or a truth value for each image. scratch: see `room`."""
+    chosen = torch.from_numpy(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
+    taken = torch.from_numpy(room((len(chosen), *images.images.shape[1:]), scratch))
+    return ImageSet(torch.index_select(images.images, 0, chosen, out=taken), images.labels[chosen])
 
 
 def class_balanced(labels: np.ndarray, n: int, seed: int | torch.Generator | None = None) -> np.ndarray:
@@ -496,7 +514,7 @@ def tinyimgnt(data_dir: Path, imgntdir: Path | None, download: bool) -> Dataset:
         arrays = {}
         train, val = _list_tiny(root)
         for part, (paths, labels) in (("train", train), ("test", val)):
-            images = _decode_images(paths, train[0][0], part)
+            images = _decode_images(paths, train[0][0], part, data_dir / CACHE)
             arrays |= {f"{part}_images": images, f"{part}_labels": np.array(labels, np.int64)}
         return arrays
 
@@ -595,13 +613,13 @@ def _read_annotations(file: Path, folder: Path) -> dict[Path, str]:
     return class_of
 
 
-def _decode_images(paths: list[Path], pattern: Path, part: str) -> np.ndarray:
+def _decode_images(paths: list[Path], pattern: Path, part: str, scratch: Path) -> np.ndarray:
     """Images of the pattern's size as uint8 (n, 3, H, W)."""
     with decoding("tinyimgnt", pattern) as image:
         width, height = image.size
     if width != height:
         raise ValueError(f"tinyimgnt: {pattern} is {width}x{height}: make all images square")
-    return decode_all(paths, width, part, partial(_decode, pattern=pattern, side=width))
+    return decode_all(paths, width, part, partial(_decode, pattern=pattern, side=width), scratch)
 
 
 def _decode(path: Path, pattern: Path, side: int) -> np.ndarray:

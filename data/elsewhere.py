@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.images import CACHE, decode_all, decoding, pixels, rgb
+from data.images import CACHE, decode_all, decoding, pixels, rgb, room
 from storage.files import open_regular
 from utils.memory import usable_memory
 from utils.progress import progress
@@ -217,7 +217,8 @@ def _torchvision(name: str, data_dir: Path, download: bool, size: int) -> Arrays
         if "train" in parameters:  # EMNIST has both: its `split` says of which classes
             ways = [{"train": part == "train"} | ({"split": "balanced"} if "split" in parameters else {})]
         try:
-            arrays |= _stacked(part, _made(make, data_dir, ways, download and "download" in parameters), size)
+            arrays |= _stacked(part, _made(make, data_dir, ways, download and "download" in parameters), size,
+                               data_dir / CACHE)
         except Exception as error:  # torchvision raises a dozen types
             raise FileNotFoundError(f"{name}: not found or damaged in {data_dir}"
                                     f"{'' if download else ', and not downloaded'}: {' '.join(str(error).split())}"
@@ -237,7 +238,7 @@ def _made(make: type, data_dir: Path, ways: Sequence[dict], download: bool) -> S
     raise failure
 
 
-def _stacked(part: str, images: Sequence, size: int) -> Arrays:
+def _stacked(part: str, images: Sequence, size: int, scratch: Path) -> Arrays:
     def pairs() -> Iterator[tuple[np.ndarray, int]]:
         for k in progress(range(len(images)), f"decoding {part} images", len(images), "image"):
             image, label = images[k]
@@ -246,13 +247,17 @@ def _stacked(part: str, images: Sequence, size: int) -> Arrays:
                 raise ValueError(f"image {k} of {part} is {image.width}x{image.height}: give --image_size")
             yield (np.asarray(image)[None] if grey else _fitted(image, size or image.width)), int(label)
 
-    pixels, labels = zip(*pairs(), strict=True)
-    if len({one.shape for one in pixels}) > 1:
-        raise ValueError("its images have several sizes: give --image_size, to which all are scaled and cropped")
-    return {f"{part}_images": np.stack(pixels), f"{part}_labels": np.array(labels, np.int64)}
+    pixels, labels = np.empty(0), []
+    for k, (image, label) in enumerate(pairs()):
+        pixels = pixels if k else room((len(images), *image.shape), scratch)
+        if image.shape != pixels.shape[1:]:
+            raise ValueError("its images have several sizes: give --image_size, to which all are scaled and cropped")
+        pixels[k] = image
+        labels.append(label)
+    return {f"{part}_images": pixels, f"{part}_labels": np.array(labels, np.int64)}
 
 
 def _must_fit(name: str, size: int) -> None:
-    if size > (there := usable_memory()):
-        raise ValueError(f"{name}: decoded it takes {size / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} of "
-                         "memory")
+    if size > (there := usable_memory()) / 2:
+        raise ValueError(f"{name}: decoded it takes {size / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} of memory, "
+                         "of which half is needed besides: give its images as a folder")

@@ -46,7 +46,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Path], np.ndarray],
-               scratch: Path | None = None) -> np.ndarray:
+               scratch: Path) -> np.ndarray:
     """uint8 (n, 3, side, side), on a few threads: Pillow decodes outside the lock. scratch: see `room`."""
     images = room((len(files), 3, side, side), scratch)
 
@@ -59,9 +59,9 @@ def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Pa
     return images
 
 
-def room(shape: tuple[int, ...], scratch: Path | None) -> np.ndarray:
-    """uint8, for what is to be decoded: in memory or, where it would take more than half of that, in a file in the
-    folder `scratch` that has no name and is gone with the array.
+def room(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
+    """uint8, for images: in memory or, where they would take more than half of that, in a file in the folder `scratch`
+    that has no name and is gone with the array.
 
     Raises ValueError where neither has room for it.
     """
@@ -69,9 +69,8 @@ def room(shape: tuple[int, ...], scratch: Path | None) -> np.ndarray:
     if size <= there / 2:
         return np.empty(shape, np.uint8)
     said = f"decoded they take {size / 2**30:,.1f} GiB, there are {there / 2**30:,.1f} of memory"
-    if scratch is None:
-        raise ValueError(said)
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=scratch) as file:
             # All of it at once: written page by page, a full disk would kill the process.
             getattr(os, "posix_fallocate", lambda number, start, length: os.ftruncate(number, length))(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import images
+from data import datasets, images
 from data.datasets import load_dataset
 from data.elsewhere import tv_names
+from data.noise import with_feature_noise
 from tests.helpers import TINY, folder_of, rows_of, script
 
 
@@ -61,6 +62,33 @@ def test_a_folder_larger_than_memory_is_decoded_into_a_file(tmp_path, monkeypatc
     found = load_dataset(f"folder:{tmp_path / 'set'}", tmp_path, image_size=6)
     assert class_of_each(found.train, "ab") == train and len(files) >= 2
     assert not [entry for entry in (tmp_path / ".cache").iterdir() if "folder" not in entry.name]
+
+
+def test_parts_of_a_set_larger_than_memory_are_in_files_too(tmp_path, monkeypatch):
+    """A slice, images held out, an agent's own and those with noise are the same as where there is room."""
+    write(tmp_path / "set", {"a": 40, "b": 30})
+    rows, files, usual = np.array([5, 3, 9]), [], np.memmap
+
+    def parts(home):
+        found = load_dataset(f"folder:{tmp_path / 'set'}", home, image_size=6, train_samples=40, holdout=6)
+        noisy = with_feature_noise(found, {0: rows}, 2, 0.5, 0, home)
+        return [each.images for one in (found, found.with_only(rows, home), noisy) for each in (one.train, one.test)]
+
+    expected = parts(tmp_path / "one")
+    monkeypatch.setattr(images, "usable_memory", lambda: 200.0)
+    monkeypatch.setattr(np, "memmap", lambda file, *rest, **how: files.append(file.name) or usual(file, *rest, **how))
+    assert all(torch.equal(a, b) for a, b in zip(parts(tmp_path / "other"), expected, strict=True))
+    assert len(set(files)) >= 6 and len(expected[0]) == 40
+
+
+def test_the_mean_is_that_of_all_whatever_part_is_looked_at_at_a_time():
+    found = torch.randint(256, (700, 3, 90, 90), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mean, deviation = datasets._mean_and_deviation(found)
+    exact = found.double() / 255
+    assert torch.allclose(mean, exact.mean((0, 2, 3)), rtol=1e-12, atol=0)
+    assert torch.allclose(deviation, exact.std((0, 2, 3)), rtol=1e-10, atol=0)
+    flat = datasets._mean_and_deviation(torch.full((5, 1, 4, 4), 7, dtype=torch.uint8))
+    assert flat[0].item() == pytest.approx(7 / 255) and flat[1].item() == pytest.approx(1 / 255)
 
 
 def test_a_disk_without_room_for_a_large_folder_is_said(tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ def grey() -> Dataset:
 PARTS = {agent: np.arange(agent, 2400, 4) for agent in range(4)}
 
 
-def test_each_agent_has_its_own_strength(grey):
-    noisy = with_feature_noise(grey, PARTS, 4, 0.1, seed=0)
+def test_each_agent_has_its_own_strength(grey, tmp_path):
+    noisy = with_feature_noise(grey, PARTS, 4, 0.1, 0, tmp_path)
     for agent, indices in PARTS.items():
         shift = noisy.train.images[indices].double() - 128
         assert float(shift.std()) == pytest.approx(25.5 * (agent + 1) / 4, rel=0.03)
@@ -30,17 +30,17 @@ def test_each_agent_has_its_own_strength(grey):
     assert (grey.train.images == 128).all() and torch.equal(noisy.test.images, grey.test.images)
 
 
-def test_it_depends_on_the_seed_and_not_on_who_else_is_there(grey):
-    noisy, again, other = (with_feature_noise(grey, PARTS, 4, 0.1, seed) for seed in (0, 0, 1))
+def test_it_depends_on_the_seed_and_not_on_who_else_is_there(grey, tmp_path):
+    noisy, again, other = (with_feature_noise(grey, PARTS, 4, 0.1, seed, tmp_path) for seed in (0, 0, 1))
     assert torch.equal(noisy.train.images, again.train.images)
     assert not torch.equal(noisy.train.images, other.train.images)
-    alone = with_feature_noise(grey, {2: PARTS[2]}, 4, 0.1, seed=0)
+    alone = with_feature_noise(grey, {2: PARTS[2]}, 4, 0.1, 0, tmp_path)
     assert torch.equal(alone.train.images[PARTS[2]], noisy.train.images[PARTS[2]])
     assert (alone.train.images[PARTS[1]] == 128).all()
 
 
-def test_values_stay_in_their_range(grey):
-    loud = with_feature_noise(grey, PARTS, 4, 50.0, seed=0).train.images
+def test_values_stay_in_their_range(grey, tmp_path):
+    loud = with_feature_noise(grey, PARTS, 4, 50.0, 0, tmp_path).train.images
     shares = [(loud == value).double().mean().item() for value in (0, 255)]
     assert shares == pytest.approx([0.5, 0.5], abs=0.05)  # clipped, not wrapped around
 
