@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -417,21 +418,26 @@ def throughput(target: Target, results: Results, limit: float) -> None:
         results.add(what=what, seconds=spent, **{"images/s": round(images / spent)}, **more)
         return spent
 
+    def found(what: str, **value: float) -> None:
+        """Nothing, where one of what it is made of had no time or failed."""
+        if all(map(math.isfinite, value.values())):
+            results.add(what=what, **value)
+
     bare = min(timed(f"bare training loop, {name}", lambda layout=layout: bare_training(setting, layout))
                for name, layout in LAYOUTS.items())
     epoch = timed("our local epoch", lambda: local_epoch(setting))
-    results.add(what="our local epoch : bare training loop", ratio=epoch / bare)
+    found("our local epoch : bare training loop", ratio=epoch / bare)
     matched = replace(setting, dataset=with_first(dataset, 2000))
     passes = 3 * target.agents * len(matched.dataset.train)
     bare = timed("bare forward passes of a merge", lambda: bare_passes(matched, last), passes)
     ours = timed("our DIMAT merge", lambda: dimat_merge(matched), passes)
-    results.add(what="our DIMAT merge : its bare passes", ratio=ours / bare)
+    found("our DIMAT merge : its bare passes", ratio=ours / bare)
     whole = epoch * 300 * CELL / count + ours * 100 * CELL / len(matched.dataset.train)
-    results.add(what="a cell of configs/paper/tables.yaml: 50,000 images, 300 epochs, 100 merges", hours=whole / 3600)
+    found("a cell of configs/paper/tables.yaml: 50,000 images, 300 epochs, 100 merges", hours=whole / 3600)
     shared = count // target.agents // BATCH * BATCH * target.agents
     one = timed("agents' bare loops, one after the other", lambda: one_by_one(setting, last), shared)
     both = timed("agents' bare loops, side by side (vmap)", lambda: side_by_side(setting, last), shared)
-    results.add(what="side by side : one after the other", ratio=both / one)
+    found("side by side : one after the other", ratio=both / one)
     for amp in ("bf16", "fp16"):
         timed(f"bare training loop, {amp}, unscaled", lambda amp=amp: bare_training(setting, last, amp))
     if target.device.type == "cuda":
