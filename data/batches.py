@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from data.datasets import Dataset, ImageSet
-from utils.memory import memory_format
+from utils.memory import memory_format, usable_memory, will_read
 
 
 class Batches:
@@ -79,12 +79,17 @@ class Batches:
         if self.shuffle:
             order = order[torch.randperm(n, generator=generator).to(device)]
         where = order.cpu() if far else order
+        pixels = self.images.images
+        mapped = pixels.device.type == "cpu" and pixels.is_contiguous() and pixels.nbytes > usable_memory() / 2
         if self.augment:
             offsets = torch.randint(2 * self.padding + 1, (n, 2), generator=generator).to(device)
             flips = torch.randint(1 + self.flip, (n,), generator=generator).bool().to(device)
-        for batch in itertools.starmap(slice, itertools.pairwise(self._bounds())):
+        batches = [*itertools.starmap(slice, itertools.pairwise(self._bounds()))]
+        for k, batch in enumerate(batches):
+            for soon in batches[k + (k > 0) : k + 2] if mapped else ():  # the next one, while this is used
+                will_read(pixels, where[soon])
             # index_select copies whole images, about ten times as fast on a CPU as images[chosen]
-            x, y = self.images.images.index_select(0, where[batch]), self.images.labels.index_select(0, order[batch])
+            x, y = pixels.index_select(0, where[batch]), self.images.labels.index_select(0, order[batch])
             if far:
                 x = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
             if self.augment:

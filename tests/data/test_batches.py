@@ -155,3 +155,17 @@ def test_errors_say_what_is_wrong():
     for option in ("shuffle", "augment"):
         with pytest.raises(ValueError, match="make_generator"):
             Batches(dataset, dataset.train, None, 5, **{option: True})
+
+
+def test_images_beyond_memory_are_asked_for_a_batch_ahead(monkeypatch):
+    dataset, asked = make_dataset(), []
+    how = dict(shuffle=True, augment=True, make_generator=lambda: generator(0, purpose="test"))
+    expected = gathered(Batches(dataset, dataset.train, None, 5, **how))
+    monkeypatch.setattr("data.batches.usable_memory", lambda: dataset.train.images.nbytes)
+    monkeypatch.setattr("data.batches.will_read", lambda images, rows: asked.append(rows))
+    found = Batches(dataset, dataset.train, None, 5, **how)
+    for k, (_, y) in enumerate(found):
+        assert torch.equal(asked[k], y) and len(asked) == min(k + 2, len(found))
+    monkeypatch.undo()
+    monkeypatch.setattr("data.batches.usable_memory", lambda: 1)
+    assert all(torch.equal(a, b) for a, b in zip(gathered(found), expected, strict=True))
