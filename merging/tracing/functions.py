@@ -17,6 +17,8 @@ ELEMENTWISE = _words(
     "add sub mul div multiply divide subtract true_divide floor_divide rsub maximum minimum fmax fmin pow float_power "
     "fmod remainder atan2 lerp addcmul addcdiv where masked_fill eq ne gt ge lt le and or xor invert logical_and "
     "logical_or logical_not isfinite isnan isinf "
+    "exp2 log10 logaddexp logaddexp2 xlogy sinc tan asin acos atan sinh cosh asinh acosh atanh erfc erfinv lgamma frac "
+    "trunc sgn heaviside copysign hypot deg2rad rad2deg imag angle conj conj_physical resolve_conj complex polar "
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
     "clone contiguous detach to type float double half bfloat16 cpu cuda type_as requires_grad data real alias "
     "zeros_like ones_like full_like copy zero fill"

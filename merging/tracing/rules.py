@@ -98,6 +98,24 @@ def _in_order(trace: Trace, call: Call, input: Tensor, dim: int | None = -1, *_:
     return [trace.units.reduce(layout, dims, keepdim)] * len(call.results)
 
 
+@rule("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft")
+def _fourier(trace: Trace, call: Call, input: Tensor, n: int | None = None, dim: Any = -1, *_: Any,
+             **__: Any) -> list[Layout]:
+    return [trace.plain(input, _dims(dim, input.ndim), call.name + here())]
+
+
+@rule("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2")
+def _fourier2(trace: Trace, call: Call, input: Tensor, s: Any = None, dim: Any = (-2, -1), *_: Any,
+              **__: Any) -> list[Layout]:
+    return _fourier(trace, call, input, dim=dim)
+
+
+@rule("fft_fftn fft_ifftn fft_rfftn fft_irfftn")
+def _fourier_n(trace: Trace, call: Call, input: Tensor, s: Any = None, dim: Any = None, *_: Any,
+               **__: Any) -> list[Layout]:
+    return _fourier(trace, call, input, dim=(*range(-len(s), 0),) if s and dim is None else dim)
+
+
 @rule("argmax argmin")
 def _argmax(trace: Trace, call: Call, input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> list[Layout]:
     return _in_order(trace, call, input, dim)
@@ -323,6 +341,28 @@ def _mm(trace: Trace, call: Call, input: Tensor, mat2: Tensor) -> list[Layout]:
     return _matmul(trace, call, input, mat2)
 
 
+@rule("mv dot vdot")
+def _with_vector(trace: Trace, call: Call, *factors: Tensor) -> list[Layout]:
+    return _matmul(trace, call, *factors)
+
+
+@rule("cdist")
+def _distances(trace: Trace, call: Call, x1: Tensor, x2: Tensor, *_: Any, **__: Any) -> list[Layout]:
+    """Summed over the last dimension of both, as a product is."""
+    batch = _LETTERS[: max(x1.ndim, x2.ndim) - 2]
+    left, right = (batch[len(batch) - x.ndim + 2:] for x in (x1, x2))
+    return [_product(trace, call, [(x1, left + "nk"), (x2, right + "mk")], batch + "nm")]
+
+
+@rule("bilinear")
+def _bilinear(trace: Trace, call: Call, input1: Tensor, input2: Tensor, weight: Tensor,
+              bias: Tensor | None = None) -> list[Layout]:
+    batch = _LETTERS[: input1.ndim - 1]
+    layout = _product(trace, call, [(input1, batch + "i"), (input2, batch + "j"), (weight, "oij")], batch + "o")
+    trace.adopt(bias, (1,) * (input1.ndim - 1) + tuple(weight.shape[:1]), layout, call.name + here())
+    return [layout]
+
+
 @rule("addmm")
 def _addmm(trace: Trace, call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **_: Any) -> list[Layout]:
     (layout,) = _matmul(trace, call, mat1, mat2)
@@ -438,6 +478,43 @@ def _grouped(trace: Trace, call: Call, x: Tensor, layout: Layout, weight: Tensor
     units.nest(labels, blocks)
     units.nest(own, blocks)
     return (rows.reshape(1, -1, *rest),)
+
+
+@rule("deform_conv2d")
+def _deformed(trace: Trace, call: Call, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor,
+              *settings: int) -> list[Layout]:
+    """As torchvision's own function calls it in the end. There is one group of channels, and one of offsets."""
+    if settings[-3:-1] != (1, 1):
+        raise NoRule
+    bias = None if trace.untouched(trace.even, bias) else bias  # zeros, where there is none
+    for places in (offset, mask):
+        trace.plain(places, range(1, places.ndim), call.name + here())
+    return [_convolve(trace, call, input, weight, bias, 1)]
+
+
+@rule("roi_align roi_pool")
+def _regions(trace: Trace, call: Call, input: Tensor, rois: Tensor, *_: Any, **__: Any) -> list[Layout]:
+    """Each channel by itself, at places that are given."""
+    if trace.layout(rois):
+        raise NoRule
+    return [trace.plain(input, (0, *range(2, input.ndim)), call.name + here())] * len(call.results)
+
+
+@rule("index_add index_copy")
+def _into_rows(trace: Trace, call: Call, input: Tensor, dim: int, index: Tensor, source: Tensor,
+               **_: Any) -> list[Layout]:
+    where = call.name + here()
+    return [trace.units.join([(trace.plain(x, [dim % x.ndim], where), along(x.shape, {*range(x.ndim)} - {dim % x.ndim}))
+                              for x in (input, source)], where)]
+
+
+@rule("embedding_bag")
+def _bag(trace: Trace, call: Call, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[Layout]:
+    """F's (numbers, table) or, within it, torch's (table, numbers): a sum, mean or maximum of rows."""
+    numbers, table = (weight, input) if input.is_floating_point() else (input, weight)
+    if any(trace.layout(x) for x in call.tensors if x is not table):
+        raise NoRule
+    return [_embedding(trace, call, numbers.flatten(), table)[0]] * len(call.results)
 
 
 @rule("embedding")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torchvision.ops import deform_conv2d, roi_align, roi_pool
 
 from merging import METHODS, merge
 from merging.permutation import (
@@ -494,6 +495,61 @@ def test_a_train_of_ones_own_may_return_nothing_or_refuse(refuses):
 
     assert derive_spec(Frozen(), IMAGES[:1]).sizes == {"a": 8}
     merge([Frozen(), Frozen(seed=1)], HALVES, batches=[IMAGES], bn_reset="repair")
+
+
+# Operations
+
+
+class Between(Net):
+    """Something between two layers, with tensors of its own, by which it is judged in what moves."""
+
+    def __init__(self, between, **own):
+        super().__init__(between)
+        for name, value in own.items():
+            setattr(self, name, value if isinstance(value, nn.Module) else nn.Parameter(torch.randn(value)))
+
+
+ROWS = torch.tensor([0, 1])
+
+
+def as_image(x, side=3):
+    return x[:, :, None, None] * torch.linspace(0.5, 1.5, side * side).view(side, side)
+
+
+def boxes():
+    return torch.tensor([[0, 0.0, 0.0, 2.0, 2.0], [0, 0.5, 0.0, 2.0, 1.5]])
+
+
+@pytest.mark.parametrize(("between", "own", "moved"), [
+    (lambda m, x: torch.fft.fft(x, dim=0).real + torch.fft.rfft(x, dim=0).imag.sum(0), {}, 8),
+    (lambda m, x: torch.fft.fft(x).real, {}, 0),
+    (lambda m, x: torch.polar(x.abs(), m.v).imag + torch.complex(x, m.v * x).conj().angle().hypot(x.sinc()).atan(),
+     {"v": (8,)}, 8),
+    (lambda m, x: torch.fft.irfft2(torch.fft.rfft2(as_image(x))).mean((2, 3)), {}, 8),
+    (lambda m, x: torch.fft.fftn(as_image(x), s=(3, 3)).abs().mean((2, 3)), {}, 8),
+    (lambda m, x: torch.fft.fftn(x).abs(), {}, 0),
+    (lambda m, x: x + torch.mv(x, m.v)[:, None], {"v": (8,)}, 8),
+    (lambda m, x: x * torch.dot(m.v, m.w) + torch.vdot(m.v, m.v) * m.w, {"v": (8,), "w": (8,)}, 8),
+    (lambda m, x: m.c(x), {"c": spectral_norm(nn.Linear(8, 8))}, 16),
+    (lambda m, x: x * torch.cdist(x, m.v).sum(1, keepdim=True), {"v": (5, 8)}, 8),
+    (lambda m, x: torch.cdist(x[None], m.v, p=1.0)[0] @ m.w, {"v": (1, 5, 8), "w": (5, 8)}, 8 + 5 + 8),
+    (lambda m, x: m.c(x, x).relu(), {"c": nn.Bilinear(8, 8, 8)}, 16),
+    (lambda m, x: x.index_add(0, ROWS, x[:2] * 2).index_copy(0, ROWS, x[:2] + 1), {}, 8),
+    (lambda m, x: x.index_add(1, ROWS, x[:, :2] * 2), {}, 0),
+    (lambda m, x: x + m.c(torch.tensor([[1, 2], [0, 1]])).sum(0), {"c": nn.EmbeddingBag(4, 8)}, 8),
+    (lambda m, x: x + m.c(torch.tensor([1, 2, 0]), torch.tensor([0, 2])).sum(0),
+     {"c": nn.EmbeddingBag(4, 8, mode="max")}, 8),
+    (lambda m, x: deform_conv2d(as_image(x), torch.full((len(x), 18, 3, 3), 0.2), m.w, padding=1).mean((2, 3)),
+     {"w": (8, 8, 3, 3)}, 16),
+    (lambda m, x: deform_conv2d(as_image(x), torch.zeros(len(x), 18, 3, 3), m.w, m.v, padding=1).mean((2, 3)),
+     {"w": (8, 8, 3, 3), "v": (8,)}, 16),
+    (lambda m, x: deform_conv2d(as_image(x), torch.zeros(len(x), 18, 3, 3), m.w, padding=1).mean((2, 3)),
+     {"w": (8, 4, 3, 3)}, 0),
+    (lambda m, x: x + sum(of_boxes(as_image(x), boxes(), 2).mean((0, 2, 3)) for of_boxes in (roi_align, roi_pool)),
+     {}, 8),
+])
+def test_operations_keep_what_can_move(between, own, moved):
+    assert sum(derive_spec(Between(between, **own), IMAGES[:2]).sizes.values()) == moved
 
 
 # Arguments
