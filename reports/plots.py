@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -414,7 +415,9 @@ def accuracy_matrices(run: Run) -> dict[int, np.ndarray]:
     matrices = {}
     for iteration in spread(sorted(files)):
         try:
-            matrix = np.loadtxt(files[iteration], delimiter=",", skiprows=1, ndmin=2)[:, 1:-1]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # numpy's, about an empty file
+                matrix = np.loadtxt(files[iteration], delimiter=",", skiprows=1, ndmin=2)[:, 1:-1]
         except ValueError:
             matrix = np.empty(0)
         if matrix.shape != (run.agents, run.agents) or np.isinf(matrix).any() or np.isnan(matrix).all():
