@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.images import CACHE, decode_all, decoding, pixels, rgb, room
+from data.images import CACHE, NoRoom, decode_all, decoding, pixels, rgb, room
 from storage.files import open_regular
 from utils.memory import usable_memory
 from utils.progress import progress
@@ -219,6 +219,8 @@ def _torchvision(name: str, data_dir: Path, download: bool, size: int) -> Arrays
         try:
             arrays |= _stacked(part, _made(make, data_dir, ways, download and "download" in parameters), size,
                                data_dir / CACHE)
+        except NoRoom:
+            raise
         except Exception as error:  # torchvision raises a dozen types
             raise FileNotFoundError(f"{name}: not found or damaged in {data_dir}"
                                     f"{'' if download else ', and not downloaded'}: {' '.join(str(error).split())}"
@@ -247,6 +249,8 @@ def _stacked(part: str, images: Sequence, size: int, scratch: Path) -> Arrays:
                 raise ValueError(f"image {k} of {part} is {image.width}x{image.height}: give --image_size")
             yield (np.asarray(image)[None] if grey else _fitted(image, size or image.width)), int(label)
 
+    if not len(images):
+        raise ValueError(f"there are no images of {part} in it")
     pixels, labels = np.empty(0), []
     for k, (image, label) in enumerate(pairs()):
         pixels = pixels if k else room((len(images), *image.shape), scratch)

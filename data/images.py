@@ -59,11 +59,15 @@ def decode_all(files: Sequence[Path], side: int, part: str, decode: Callable[[Pa
     return images
 
 
+class NoRoom(ValueError):
+    """There is neither memory nor disk for the images."""
+
+
 def room(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
     """uint8, for images: in memory or, where they would take more than half of that, in a file in the folder `scratch`
     that has no name and is gone with the array.
 
-    Raises ValueError where neither has room for it.
+    Raises NoRoom where neither has room for it.
     """
     size, there = math.prod(shape), usable_memory()
     if size <= there / 2:
@@ -77,4 +81,4 @@ def room(shape: tuple[int, ...], scratch: Path) -> np.ndarray:
                 file.fileno(), 0, size)
             return np.memmap(file, np.uint8, "r+", shape=shape)
     except OSError as error:
-        raise ValueError(f"{said}, and {scratch} has no room for it ({error.strerror or error})") from error
+        raise NoRoom(f"{said}, and {scratch} has no room for it ({error.strerror or error})") from error

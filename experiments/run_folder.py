@@ -24,6 +24,7 @@ from experiments.options import MAIN, Settings, free, variant
 from models.training import Diverged, EpochStats, Evaluation
 from network.topology import short_name
 from storage.files import (
+    SCHEMA,
     as_level,
     claim,
     clear,
@@ -85,8 +86,12 @@ def how_far(path: Path) -> tuple[int, int]:
     """How far the run in this folder is: its last finished iteration, and the bytes of its metrics.csv then; zeros if
     nothing is finished. No tensor is read: a sweep looks into hundreds of folders."""
     file = path / "state.pt"
-    said = whole_numbers(file, ("iteration", "metrics_bytes")) if file.exists() else {}
-    return said.get("iteration", 0), said.get("metrics_bytes", 0)
+    if not file.exists():
+        return 0, 0
+    said = whole_numbers(file, ("schema", "iteration", "metrics_bytes"))
+    if said.get("schema", 0) > SCHEMA or not {"iteration", "metrics_bytes"} <= said.keys():
+        read_state(file)  # which says what is wrong with it
+    return said["iteration"], said["metrics_bytes"]
 
 
 def read_state(file: Path) -> dict[str, Any]:

@@ -488,7 +488,7 @@ def _deformed(trace: Trace, call: Call, input: Tensor, weight: Tensor, offset: T
         raise NoRule
     bias = None if trace.untouched(trace.even, bias) else bias  # zeros, where there is none
     for places in (offset, mask):
-        trace.plain(places, range(1, places.ndim), call.name + here())
+        trace.plain(places, range(places.ndim), call.name + here())
     return [_convolve(trace, call, input, weight, bias, 1)]
 
 
@@ -503,6 +503,8 @@ def _regions(trace: Trace, call: Call, input: Tensor, rois: Tensor, *_: Any, **_
 @rule("index_add index_copy")
 def _into_rows(trace: Trace, call: Call, input: Tensor, dim: int, index: Tensor, source: Tensor,
                **_: Any) -> list[Layout]:
+    if trace.layout(index):
+        raise NoRule
     where = call.name + here()
     return [trace.units.join([(trace.plain(x, [dim % x.ndim], where), along(x.shape, {*range(x.ndim)} - {dim % x.ndim}))
                               for x in (input, source)], where)]

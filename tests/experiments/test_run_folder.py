@@ -83,3 +83,11 @@ def test_a_look_at_what_is_finished_reads_no_tensors(tmp_path):
     assert how_far(tmp_path) == (1, SOUND["metrics_bytes"])
     with pytest.raises(ValueError, match=r"state\.pt can't be read.*CRC"), opened(tmp_path) as folder:
         folder.load()
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"schema": 99}, "schema 99"), ({"iteration": "1"}, "'iteration'"),
+                                             ({"metrics_bytes": None}, "'metrics_bytes'")])
+def test_a_look_refuses_what_a_resume_would(tmp_path, wrong, said):
+    folder_with(tmp_path, SOUND | wrong)
+    with pytest.raises(ValueError, match=rf"state\.pt is .*{said}"):
+        how_far(tmp_path)

@@ -552,6 +552,28 @@ def test_operations_keep_what_can_move(between, own, moved):
     assert sum(derive_spec(Between(between, **own), IMAGES[:2]).sizes.values()) == moved
 
 
+class Placed(nn.Module):
+    """Rows go where the units of another layer are largest, or images are looked at where these say."""
+
+    def __init__(self, places):
+        super().__init__()
+        torch.manual_seed(0)
+        self.places, self.a, self.b, self.c = places, nn.Linear(16, 6), nn.Linear(6, 3), nn.Linear(3, 3)
+        self.w = nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def forward(self, x):
+        return self.b(self.a(x.flatten(1)).relu()) + self.c(self.places(self, self.a.weight))
+
+
+@pytest.mark.parametrize("places", [
+    lambda m, w: torch.zeros(5, 3).index_add(0, w[:, :5].argmax(1), torch.linspace(-1, 1, 18).view(6, 3))[0],
+    lambda m, w: deform_conv2d(torch.linspace(-1, 1, 6 * 18).view(6, 2, 3, 3), w[:, :1, None, None].expand(6, 18, 3, 3),
+                               m.w, padding=1)[0, 0, 0],
+])
+def test_units_that_say_where_something_is_stay(places):
+    assert derive_spec(Placed(places), IMAGES[:2]).sizes == {}
+
+
 # Arguments
 
 
