@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import pad
 
 from data.datasets import Dataset, ImageSet
-from utils.memory import memory_format, usable_memory, will_read
+from data.images import will_read
+from utils.memory import memory_format, usable_memory
 
 
 class Batches:

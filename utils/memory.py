@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -40,21 +39,6 @@ def _limits() -> Iterator[float]:
             for folder in (root, *(root / part for part in accumulate(Path(group).parts[1:], os.path.join))):
                 with suppress(OSError, ValueError):  # there is none, or it says "max"
                     yield int((folder / name).read_text())
-
-
-def will_read(tensor: torch.Tensor, rows: torch.Tensor) -> None:
-    """Ask the system to fetch these rows of a contiguous tensor, which lies in a mapped file, in the background.
-
-    Without that they come page by page, each when it is touched: 44,000 images of 48 KiB, of which half lay in memory,
-    took 250 s in random order on a disk, and 5 s so. Does nothing where the system can't be asked.
-    """
-    if not hasattr(mmap, "MADV_WILLNEED"):
-        return
-    advise, size = ctypes.CDLL(None).madvise, tensor[0].nbytes
-    for row in rows.tolist():
-        start = tensor.data_ptr() + row * size
-        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(ctypes.c_void_p(begin), ctypes.c_size_t(start + size - begin), mmap.MADV_WILLNEED)
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>

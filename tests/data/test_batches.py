@@ -1,5 +1,10 @@
 """Batches: order, normalisation, augmentation."""
 
+import ctypes
+import mmap
+import os
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +13,7 @@ import torch
 
 from data.batches import Batches, crop_and_flip
 from data.datasets import Dataset, ImageSet
+from data.images import will_read
 from utils.seeds import generator
 
 
@@ -169,3 +175,28 @@ def test_images_beyond_memory_are_asked_for_a_batch_ahead(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("data.batches.usable_memory", lambda: 1)
     assert all(torch.equal(a, b) for a, b in zip(gathered(found), expected, strict=True))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel which pages are in memory")
+def test_rows_of_a_mapped_file_are_fetched_before_they_are_touched(tmp_path):
+    rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (64, 1 << 20))
+    rows[:] = 7
+    rows.flush()
+    del rows
+    with open(tmp_path / "rows.npy", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tensor = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="c"))
+
+    def in_memory(row: int) -> float:
+        start = -(-(tensor.data_ptr() + row * tensor.shape[1]) // mmap.PAGESIZE) * mmap.PAGESIZE
+        found = (ctypes.c_ubyte * 200)()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(200 * mmap.PAGESIZE), found)
+        return sum(page & 1 for page in found) / 200
+
+    if in_memory(5) or in_memory(50):
+        pytest.skip("the file system keeps what it was told to forget")
+    will_read(tensor, torch.tensor([50, 5, 63]))
+    until = time.monotonic() + 20
+    while min(map(in_memory, (5, 50))) < 0.9 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert in_memory(5) > 0.9 and in_memory(50) > 0.9 and in_memory(30) < 0.5

@@ -1,16 +1,11 @@
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
-import torch
 
 from utils import memory
-from utils.memory import usable_memory, will_read
+from utils.memory import usable_memory
 
 # Allocates and frees 64 MiB again and again and prints how often a page had to be fetched. The first rounds do not
 # count: until the heap has found its size, small pieces that land in the freed block make the next one a new one.
@@ -58,28 +53,3 @@ def test_memory_is_what_the_control_group_leaves_of_it(tmp_path, monkeypatch, me
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(memory, "_physical_memory", lambda: 1000.0)
     assert usable_memory() == usable
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel which pages are in memory")
-def test_rows_of_a_mapped_file_are_fetched_before_they_are_touched(tmp_path):
-    rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (64, 1 << 20))
-    rows[:] = 7
-    rows.flush()
-    del rows
-    with open(tmp_path / "rows.npy", "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    tensor = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="c"))
-
-    def in_memory(row: int) -> float:
-        start = -(-(tensor.data_ptr() + row * tensor.shape[1]) // mmap.PAGESIZE) * mmap.PAGESIZE
-        found = (ctypes.c_ubyte * 200)()
-        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(200 * mmap.PAGESIZE), found)
-        return sum(page & 1 for page in found) / 200
-
-    if in_memory(5) or in_memory(50):
-        pytest.skip("the file system keeps what it was told to forget")
-    will_read(tensor, torch.tensor([50, 5, 63]))
-    until = time.monotonic() + 20
-    while min(map(in_memory, (5, 50))) < 0.9 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert in_memory(5) > 0.9 and in_memory(50) > 0.9 and in_memory(30) < 0.5
