@@ -33,7 +33,7 @@ def run(o: Command, network: Network, device: torch.device, command: str) -> Pat
     """All of it, in every process alike; the first one writes."""
 
     def prepare() -> tuple[dict, MixingAgents]:
-        _, made_with, files, topology = settle(o, network.agents)
+        made_with, files, topology = settle(o, network.agents)
         return made_with, MixingAgents(MixSettings.of(o), topology, network,
                                        *first_agents(o, network, device, files))
 

@@ -35,7 +35,7 @@ def run(o: Command, network: Network, device: torch.device, command: str) -> Pat
     """All of it, in every process alike; the writer writes."""
 
     def prepare() -> tuple[dict, MergingAgents]:
-        _, made_with, files = settle_options(o, network.agents)
+        made_with, files = settle_options(o, network.agents)
         topology = topology_to_merge_over(o)
         settings = MergeSettings.of(o)
         agents = MergingAgents(settings, topology, network, *first_agents(

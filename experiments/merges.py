@@ -29,7 +29,7 @@ def finished(o: Command) -> tuple[Path, int] | None:
     o = dict(o)  # what is settled here is settled once more where the run begins
     if o["overwrite"] or o["merg_itr_init"]:
         return None
-    _, made_with, files = settle_options(o, range(o["num_models"]))
+    made_with, files = settle_options(o, range(o["num_models"]))
     return completed(*the_run(o, made_with, topology_to_merge_over(o)), files)
 
 

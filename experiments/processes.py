@@ -62,7 +62,7 @@ def name_for_others(o: Command, path: Path, topology: Topology) -> str:
 
 def run_agents(o: Command, script: Path, argv: Sequence[str]) -> Path:
     """--processes: start every agent as a process of its own, and put together what they leave."""
-    made_with = settle_options(o, [0])[1]
+    made_with, _ = settle_options(o, [0])
     topology = topology_to_merge_over(o)
     path = run_folder(o, options_that_matter(o, made_with))
     exchange = Path(o["exchange"] or path / "exchange")

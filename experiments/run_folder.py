@@ -90,7 +90,7 @@ def how_far(path: Path) -> tuple[int, int]:
         return 0, 0
     said = whole_numbers(file, ("schema", "iteration", "metrics_bytes"))
     if said.get("schema", 0) > SCHEMA or not {"iteration", "metrics_bytes"} <= said.keys():
-        read_state(file)  # which says what is wrong with it
+        said = read_state(file)  # which says what is wrong with it
     return said["iteration"], said["metrics_bytes"]
 
 

@@ -16,10 +16,10 @@ from network.topology import DIRECTED, EXPS, TOPOLOGIES, Topology
 from storage.files import load_yaml
 
 
-def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, Path]]:
+def settle_options(o: Command, agents: Collection[int]) -> tuple[dict, dict[int, Path]]:
     """Fill in what follows from the checkpoint, and check what contradicts.
 
-    Returns its folder, its description and the files with the models of `agents`.
+    Returns its description and the files with the models of `agents`.
     """
     if o["exp"] is not None and o["topology"] is not None:
         raise ValueError(f"--exp {o['exp']} and --topology {o['topology']} both name the topology: give one")
@@ -46,7 +46,7 @@ def settle_options(o: Command, agents: Collection[int]) -> tuple[Path | None, di
     fill_defaults(o)
     if made_with.get("partition_digest") not in (None, o.get("partition_digest")):
         raise ValueError(f"--partition_file {o['partition_file']} has changed since {ckp} was made: restore it")
-    return ckp, made_with, files
+    return made_with, files
 
 
 def pretraining(o: Command, made_with: dict) -> dict:

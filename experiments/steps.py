@@ -13,7 +13,7 @@ from network.topology import Topology, make_topology
 from optimizers import BASELINES
 
 
-def settle(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict[int, Path], Topology]:
+def settle(o: Command, agents: Collection[int]) -> tuple[dict, dict[int, Path], Topology]:
     """Fill in what follows from other options, and check what contradicts."""
     baseline = BASELINES[o["opt"]]
     if o["epochs"] % o["num_epochs"]:
@@ -40,7 +40,7 @@ def settle(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict
     for name, default in baseline.options.items():
         o[name] = o[name] or default(o)
     o["merg_itr"], o["merg_itr_init"], o["training"], o["optim"] = o["epochs"] // o["num_epochs"], 0, True, "sgd"
-    ckp, made_with, files = settle_options(o, agents)
+    made_with, files = settle_options(o, agents)
     topology = make_topology(o["topology"], o["num_models"], seed=o["seed"])
     if topology.directed and not baseline.directed:
         able = ", ".join(name for name, other in BASELINES.items() if other.directed)
@@ -56,7 +56,7 @@ def settle(o: Command, agents: Collection[int]) -> tuple[Path | None, dict, dict
         topology = baseline.graph(topology)
     except ValueError as error:
         raise ValueError(f"--opt {o['opt']}, --topology {o['topology']}: {error}") from None
-    return ckp, made_with, files, topology
+    return made_with, files, topology
 
 
 def the_run(o: Command, made_with: dict, topology: Topology) -> tuple[Path, dict, dict]:
@@ -72,5 +72,5 @@ def finished(o: Command) -> tuple[Path, int] | None:
     o = dict(o)  # what is settled here is settled once more where the run begins
     if o["overwrite"]:
         return None
-    _, made_with, files, topology = settle(o, range(o["num_models"]))
+    made_with, files, topology = settle(o, range(o["num_models"]))
     return completed(*the_run(o, made_with, topology), files)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 CONTROL_GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux
 
 
+@cache
 def usable_memory() -> float:
     """Bytes that this process may take: the machine's, or what a container or a batch job leaves it of them. Infinity
     where nobody says."""
