@@ -449,7 +449,7 @@ def throughput(target: Target, results: Results, limit: float) -> None:
         write_npz(target.dataset(), Path(home, "images.npz"))
         for workers in (1, 2):
             if time.perf_counter() - began < 0.8 * limit:
-                taken = measure([f"--dataset={home}/images.npz", f"--num_models={target.agents}", "--merg_itr=2",
+                taken = measure([f"--dataset={home}/images.npz", f"--num_models={target.agents}",
                                  f"--width_multiplier={target.width}", "--epochs=1", f"--device={target.device}",
                                  f"--batch_size={BATCH}", f"--workers={workers}"], torch.get_num_threads())
                 results.add(what=f"main.py, {workers} process{'es' * (workers > 1)}: training of an iteration",

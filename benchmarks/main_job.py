@@ -215,7 +215,7 @@ def real_runs(setting: Setting, data: Sequence[str], threads: int) -> Iterator[s
     """Rows of real runs of main.py, with one process and with the default number, against the passes they need."""
     for whose, flags, images in (("the paper's", [PAPERS], 0), ("our", [], main_parser().get_default("match_samples"))):
         flags = [*data, f"--num_models={setting.topology.num_agents}", f"--width_multiplier={setting.width}",
-                 f"--batch_size={BATCH}", *flags, "--merg_itr=3", "--epochs=1"]
+                 f"--batch_size={BATCH}", *flags, "--epochs=1"]
         bare = {name: bare_passes(setting, layout, images, evaluates=True) for name, layout in LAYOUTS.items()}
         spent: dict[str, list[float]] = {name: [] for name in (*bare, "1", "default", "1 whole", "default whole")}
         for round_ in range(setting.repeats + 1):

@@ -25,9 +25,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def measure(options: Sequence[str], threads: int) -> dict[str, float]:
-    """A run of main.py from random models: seconds per iteration of its phases, and of everything with the start."""
+    """A run of main.py from random models: seconds per iteration of its phases, and of everything with the start.
+
+    Three iterations, if `options` don't say more: the first is left out, and the last ends with the merge.
+    """
     with tempfile.TemporaryDirectory() as home:
-        command = [sys.executable, "-m", "main", "--randominit", "--diffinit", "--exp=2", "--training",
+        command = [sys.executable, "-m", "main", "--randominit", "--diffinit", "--exp=2", "--training", "--merg_itr=3",
                    f"--data_dir={ROOT / 'datasets'}", f"--results_dir={home}", *options]
         began = time.perf_counter()
         subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True,

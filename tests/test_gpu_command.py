@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_stages import STAGES, Results, apart
+from benchmarks.processes import measure
 
 OPTIONS = argparse.Namespace(width_multiplier=1, agents=3, data=None, train_samples=5)
 
@@ -50,3 +51,9 @@ def test_without_a_gpu_it_says_how_to_see_what_it_does(tmp_path, capsys):
 def test_models_are_compared_by_their_largest_entries():
     ours, theirs = ({0: {"w": torch.tensor(values)}} for values in ([1.0, 4.0], [2.0, 4.0]))
     assert apart(ours, theirs) == 0.25
+
+
+def test_a_measured_run_has_seconds_of_each_phase():
+    few = ["--dataset=digits", "--train_samples=40", "--test_samples=20", "--num_models=2", "--width_multiplier=1",
+           "--epochs=1", "--batch_size=20", "--match_samples=20", "--workers=1"]
+    assert all(measure(few, threads=1)[phase] > 0 for phase in ("trained", "merged", "whole"))
