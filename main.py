@@ -23,11 +23,11 @@ from network.workers import follow_parent, is_sibling, with_workers
 from utils.memory import keep_freed_memory
 
 
-def dimat(agents: MergingAgents, iterations: Iterable[int], last: int, training: bool) -> Iterator[Phase]:
-    """Algorithm 1 of the paper: merge, train, merge, train ..., and, in iteration `last`, merge."""
+def dimat(agents: MergingAgents, iterations: Iterable[int], trained: int) -> Iterator[Phase]:
+    """Algorithm 1 of the paper: merge, train, merge, train ..., up to iteration `trained`, and merge."""
     for k in iterations:
         yield Phase(k, "merged", agents.merge(k))
-        if training and k < last:
+        if k <= trained:
             yield Phase(k, "trained", agents.train(k))
 
 
@@ -44,9 +44,10 @@ def run(o: Command, network: Network, device: torch.device, command: str) -> Pat
         return made_with, agents
 
     def phases(done: Phase, iterations: Iterator[int]) -> Iterator[Phase]:
-        if o["training"] and done.name == "merged":  # a finished run is made longer
+        trained = o["merg_itr"] - o["last_merges"] if o["training"] else 0
+        if done.name == "merged" and done.iteration <= trained:  # a finished run is made longer
             yield Phase(done.iteration, "trained", agents.train(done.iteration))
-        yield from dimat(agents, iterations, o["merg_itr"], o["training"])
+        yield from dimat(agents, iterations, trained)
 
     made_with, agents = network.agree(prepare)
     path, config, matter = the_run(o, made_with, agents.topology)

@@ -35,6 +35,7 @@ def finished(o: Command) -> tuple[Path, int] | None:
 
 def topology_to_merge_over(o: Command) -> Topology:
     topology = make_topology(o["topology"], o["num_models"], seed=o["seed"])
+    settle_length(o)
     settle_alignment(o)
     settle_averaging(o)
     settle_correction(o)
@@ -42,6 +43,16 @@ def topology_to_merge_over(o: Command) -> Topology:
         raise ValueError(f"--topology {o['topology']} has one-way edges whose rows don't sum to 1: agents that merge "
                          "need what they take to add up to one model")
     return topology
+
+
+def settle_length(o: Command) -> None:
+    """`train_itr`: the last iteration that has training; None: the one before the last, however long the run is."""
+    last, merges = o["last_merges"], o["merg_itr"]
+    if last > 1 and not o["training"]:
+        raise ValueError(f"--last_merges {last}: there is no training anyway: leave it out, or add --training")
+    if last > 1 and last >= merges:
+        raise ValueError(f"--last_merges {last} leaves no training between the merges of --merg_itr {merges}")
+    o["train_itr"] = merges - last if last > 1 else None
 
 
 def settle_averaging(o: Command) -> None:

@@ -349,6 +349,7 @@ OPTIONS = (
            "exact diffusion): each step takes back a share of what the merges had to take back; no more bytes. KGT "
            "(local gradient tracking): the same by how agents differ in what they have walked, which is sent, too",
            OneOf(corrections), "none", (MAIN,), usual="none", matters=lambda o: merges(o) and trains(o)),
+    Option("train_itr", "algorithm", usual=None, scripts=(MAIN,), matters=trains, derived=True),
 
     Option("opt", "algorithm", {
         MAIN: "DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one another once, "
@@ -371,6 +372,8 @@ OPTIONS = (
            "--keep all", COUNT, 0, (MAIN,), free=True, rare=True),
     Option("training", "algorithm", "train locally after each merge but the last", boolean, False, (MAIN,),
            elsewhere=True),
+    Option("last_merges", "algorithm", "so many merges end the run with no training between them: the more, the closer "
+           "the agents come to one model", number(int, 1), 1, (MAIN,), metavar="R", free=True, rare=True),
     Option("ckp", "algorithm", "folder of the agents' checkpoints, made by train.py", path, None, RUNS, "DIR",
            free=True),
     Option("randominit", "algorithm", "start from random models instead of --ckp", boolean, False, RUNS,

@@ -98,7 +98,7 @@ def test_the_papers_values_are_frozen():
         ("pretrain_loss", None),
         ("wire", "fp32"), ("link_failure", 0.0), ("agent_failure", 0.0), ("exchanged_by", None), ("staleness", 0),
         ("match_prior", "none"), ("align", "in_turn"), ("align_every", 0), ("root", None), ("robust", "none"),
-        ("max_distance", 10.0), ("correction", "none")]
+        ("max_distance", 10.0), ("correction", "none"), ("train_itr", None)]
     of_steps = {"lr": 0.01, "momentum": 0.9, "lr_decay": 0.981, "local_steps": 1, "mix_buffers": True,
                 "cga_form": "paper", "cga_scope": "model", "eval_bn": "running", "bn_samples": 0}
     assert usual(BASE) == {key: usual(MAIN)[key] for key in usual(BASE).keys() & usual(MAIN).keys()} | of_steps
@@ -114,7 +114,7 @@ def test_the_papers_values_are_frozen():
     (["--opt=NONE", "--training"], {"match_at", "match_prior", "align", "align_every", "root", "match_data", "wire",
                                     "link_failure", "robust", "correction", "adjust_tau"}),
     (["--opt=COMMON"], {"epochs", "optim", "lr", "momentum", "weight_decay", "amp", "loss", "adjust_tau",
-                      "correction"}),
+                      "correction", "train_itr"}),
 ])
 def test_options_without_a_say(flags, idle):
     o = given(MAIN, *flags) | {"data_dist": "iid"}

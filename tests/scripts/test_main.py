@@ -24,7 +24,7 @@ from merging.batch_norm import reestimate
 from network.topology import make_topology
 from reports.runs import comparable, read_run
 from storage.files import claim, save_text
-from tests.helpers import copied, equal, equal_runs, folder_of, home_of, process, rows_of, script
+from tests.helpers import TINY, copied, equal, equal_runs, folder_of, home_of, process, rows_of, script
 
 TRACED = 2 + 3 + 3 * 1  # the examples from which the permutation groups are derived, and the check of these
 RUN = ["--dataset=digits", "--num_models=4", "--opt=DIMAT", "--exp=2", "--merg_itr=3", "--training", "--epochs=1"]
@@ -435,9 +435,36 @@ def test_algorithm_1_merges_trains_and_ends_with_a_merge():
 
     merges = [Phase(k, "merged", {0: {"merged_with": f"in {k}"}}) for k in range(4)]
     trained = [Phase(k, "trained", {0: {"stats": k}}) for k in range(4)]
-    assert [*dimat(Agents(), range(1, 4), 3, training=True)] == [
-        merges[1], trained[1], merges[2], trained[2], merges[3]]
-    assert [*dimat(Agents(), range(1, 4), 3, training=False)] == merges[1:]
+    assert [*dimat(Agents(), range(1, 4), trained=2)] == [merges[1], trained[1], merges[2], trained[2], merges[3]]
+    assert [*dimat(Agents(), range(1, 4), trained=0)] == merges[1:]
+
+
+def test_the_last_merges_follow_one_another(checkpoints, tmp_path):
+    """As in a run that trains and then, without training, goes on; interrupted and made longer it is the same."""
+    flags = [*RUN, f"--ckp={checkpoints}", "--opt=WA"]
+    folder = folder_of(script("main", *flags, "--merg_itr=4", "--last_merges=3", cwd=tmp_path), tmp_path)
+    assert "train_itr=1" in folder.parent.name
+    phases = [(row["iteration"], row["phase"]) for row in rows_of(folder) if row["agent"] == "0"]
+    assert phases == [("0", "initial"), ("1", "merged"), ("1", "trained"), *((k, "merged") for k in "234")]
+    apart = [float(row["consensus_distance"]) for row in rows_of(folder) if row["agent"] == "0"]
+    assert apart[2] > apart[3] > apart[4] > apart[5]
+    (home := tmp_path / "in_parts").mkdir()
+    for merges in (2, 3, 4):  # of which the last 1, 2 and 3 come without training: the same run, longer
+        parts = folder_of(script("main", *flags, f"--merg_itr={merges}", f"--last_merges={merges - 1}", "--resume",
+                                 cwd=home), home)
+        if merges == 2:  # a run that trains up to the merge before the last, however long it is
+            assert "train_itr" not in parts.parent.name
+    equal_runs(folder, parts)
+    longer = folder_of(script("main", *flags, "--merg_itr=5", "--last_merges=3", "--resume", cwd=home), home)
+    assert "train_itr=2" in longer.parent.name  # it trains once more: another run
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--last_merges=2"], "no training anyway"), (["--last_merges=4", "--training"], "leaves no training between")])
+def test_last_merges_that_leave_no_training_are_refused(flags, said, tmp_path):
+    result = script("main", *TINY, "--num_models=2", "--randominit", "--merg_itr=4", *flags, cwd=tmp_path, check=False)
+    assert result.returncode and said in result.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_every_local_epoch_has_chances_of_its_own(checkpoints, tmp_path, monkeypatch):
