@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from merging.permutation import Permutations, PermutationSpec, nest
+
+# Units from which on a group's assignment takes longer than to hand it to a thread
+LARGE = 256
 
 
 def solve(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,18 +29,30 @@ def assign(spec: PermutationSpec, similarity: Mapping[str, Tensor], groups: list
     similarity: group -> (units, units), a's units by b's; blocks may be left out, they are judged by what they hold.
     groups: which groups without blocks around them to assign, with all that lies in them; None: all.
     Blocks are paired by the best pairing of the units within each pair of them (a nested assignment, exact).
+    Large groups are assigned side by side, one in each of torch's threads: none depends on another.
     """
+    outer = [group for group in (spec.sizes if groups is None else groups) if group not in spec.blocks]
+    assign_one = partial(_assign_group, spec, similarity)
     found: Permutations = {}
-    for group in spec.sizes if groups is None else groups:
-        if group in spec.blocks:
-            continue
-        inner = inner_groups(spec, group)
-        value = similarity[group].numpy() if group in similarity else np.zeros((spec.sizes[group],) * 2)
-        for name in inner:
-            value = value + _values_of_blocks(similarity[name].numpy(), spec.sizes[group])
-        found[group] = best(value)
-        for name in inner:
-            found[name] = nest(found[group], within_blocks(_blocks(similarity[name].numpy(), found[group])))
+    if sum(spec.sizes[group] >= LARGE for group in outer) < 2:
+        for group in outer:
+            found |= assign_one(group)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the solver lets go of Python's lock
+            for of_group in pool.map(assign_one, outer):
+                found |= of_group
+    return found
+
+
+def _assign_group(spec: PermutationSpec, similarity: Mapping[str, Tensor], group: str) -> Permutations:
+    """The permutations of a group without blocks around it, and of those that lie in it."""
+    inner = inner_groups(spec, group)
+    value = similarity[group].numpy() if group in similarity else np.zeros((spec.sizes[group],) * 2)
+    for name in inner:
+        value = value + _values_of_blocks(similarity[name].numpy(), spec.sizes[group])
+    found = {group: best(value)}
+    for name in inner:
+        found[name] = nest(found[group], within_blocks(_blocks(similarity[name].numpy(), found[group])))
     return found
 
 
@@ -47,8 +64,9 @@ def inner_groups(spec: PermutationSpec, outer: str) -> list[str]:
 def best(similarity: np.ndarray) -> Tensor:
     """(units,): the column for each row that makes the sum largest; of equal ones, the one that moves fewest."""
     # Dead units are no more like one another than like any other, and would trade places for nothing.
-    stay = 1e-9 * np.abs(similarity).max(initial=0.0) * np.eye(len(similarity))
-    return torch.from_numpy(solve(similarity + stay)[1])
+    favoured = similarity.astype(np.float64)  # a copy
+    favoured[np.diag_indices_from(favoured)] += 1e-9 * np.abs(similarity).max(initial=0.0)
+    return torch.from_numpy(solve(favoured)[1])
 
 
 def within_blocks(similarity: np.ndarray) -> Tensor:
