@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from data.batches import Batches
 from data.datasets import Dataset, some_images
 from data.images import CACHE
 from data.noise import with_feature_noise
+from experiments.checkpoints import State
 from experiments.dealing import deal, seed_of_data
 from models import build_model, training
+from models.at_once import train_at_once
 from utils.memory import memory_format
 from utils.progress import progress
 from utils.seeds import generator
@@ -98,10 +101,22 @@ class LocalTrainer:
         self.fast = torch.compile(self.model) if settings.compile else self.model
         self.dataset, self.settings, self.device = dataset, settings, device
 
+    def copies(self, states: Mapping[int, State]) -> dict[int, nn.Module]:
+        """A model for each of these states, for training at once."""
+        models = {i: copy.deepcopy(self.model) for i in states}
+        for i, model in models.items():
+            model.load_state_dict(states[i])
+        return models
+
     def fresh_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
         s = self.settings
         scaler = torch.amp.GradScaler(self.device.type) if s.amp == "fp16" else None
         return training.make_optimizer(self.model, s.optim, s.lr, s.momentum, s.weight_decay), scaler
+
+    def joint_optimizer(self, models: Collection[nn.Module]) -> torch.optim.Optimizer:
+        """One that does for each of these models what an optimiser of its own would."""
+        s = self.settings
+        return training.make_optimizer(nn.ModuleList(models), s.optim, s.lr, s.momentum, s.weight_decay, foreach=True)
 
     def loss(self, indices: np.ndarray) -> training.Loss:
         """The loss of an agent with these training images."""
@@ -128,6 +143,22 @@ class LocalTrainer:
         except ValueError as error:  # BatchNorm can't be trained on one value per channel
             raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
                              f"{s.batch_size}): {error}") from error
+
+    def epoch_at_once(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
+                      after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
+        """One local epoch of several agents at once, each on its own images; seed_path: without the agent."""
+        s = self.settings
+        batches = {i: training_batches(s, self.dataset, parts[i], i, *seed_path) for i in models}
+        most = max(batches, key=lambda i: len(batches[i]))
+        bar = {most: progress(batches[most], seed_path[-1], total=len(batches[most]), unit="step")}
+        torch.manual_seed(generator(s.seed, min(models), *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
+        try:
+            losses = {i: self.loss(parts[i]) for i in models}
+            return train_at_once(models, batches | bar, optimizer, losses, s.amp, after_step)
+        except ValueError as error:
+            few = min(models, key=lambda i: len(parts[i]))
+            raise ValueError(f"agents {', '.join(map(str, models))} (agent {few} has {len(parts[few])} "
+                             f"training images; --batch_size {s.batch_size}, --train_at_once): {error}") from error
 
     def evaluate(self, images, indices=None) -> training.Evaluation:
         batches = Batches(self.dataset, images, indices, EVAL_BATCH)

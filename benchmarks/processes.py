@@ -1,4 +1,4 @@
-"""One process with many threads, or many processes with few: what an iteration of main.py takes either way.
+"""One process with many threads, many processes with few, or all agents at once: what an iteration of main.py takes.
 
     python -m benchmarks.processes                                  # digits, ResNet-20 of width 1, all cores
     python -m benchmarks.processes --dataset=cifar10 --train_samples=2000 --num_models=5
@@ -52,18 +52,22 @@ def main() -> None:
     p.add_argument("--opt", default="DIMAT")
     p.add_argument("--match_data", default="local")
     p.add_argument("--merg_itr", type=int, default=4)
+    p.add_argument("--batch_size", type=int, default=100)
     p.add_argument("--repeats", type=int, default=3)
     o = p.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    settings = {"one process, one thread": (1, 1), f"one process, {cores} threads": (1, cores),
-                f"{min(cores, o.num_models)} processes, {cores} threads in all": (min(cores, o.num_models), cores)}
+    processes = min(cores, o.num_models)
+    settings = {"one process, one thread": (1, 1, 1), f"one process, {cores} threads": (1, cores, 1),
+                f"{processes} processes, {cores} threads in all": (processes, cores, 1),
+                f"one process, {cores} threads, at once": (1, cores, o.num_models),
+                f"{processes} processes, their agents at once": (processes, cores, o.num_models)}
     options = [f"--dataset={o.dataset}", f"--train_samples={o.train_samples}", "--test_samples=500", "--epochs=2",
                f"--num_models={o.num_models}", "--width_multiplier=1", f"--opt={o.opt}",
-               f"--match_data={o.match_data}", f"--merg_itr={o.merg_itr}"]
+               f"--match_data={o.match_data}", f"--merg_itr={o.merg_itr}", f"--batch_size={o.batch_size}"]
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in settings}
     for _ in range(o.repeats):
-        for name, (workers, threads) in settings.items():
-            taken[name].append(measure([*options, f"--workers={workers}"], threads))
+        for name, (workers, threads, at_once) in settings.items():
+            taken[name].append(measure([*options, f"--workers={workers}", f"--train_at_once={at_once}"], threads))
     first = None
     print(f"{'':38}{'training':>18}{'merge':>18}{'whole run':>18}")
     for name, runs in taken.items():

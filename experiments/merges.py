@@ -36,6 +36,7 @@ def finished(o: Command) -> tuple[Path, int] | None:
 def topology_to_merge_over(o: Command) -> Topology:
     topology = make_topology(o["topology"], o["num_models"], seed=o["seed"])
     settle_length(o)
+    settle_training(o)
     settle_alignment(o)
     settle_averaging(o)
     settle_correction(o)
@@ -53,6 +54,12 @@ def settle_length(o: Command) -> None:
     if last > 1 and last >= merges:
         raise ValueError(f"--last_merges {last} leaves no training between the merges of --merg_itr {merges}")
     o["train_itr"] = merges - last if last > 1 else None
+
+
+def settle_training(o: Command) -> None:
+    if o["train_at_once"] > 1 and (o["compile"] or o["amp"] == "fp16"):
+        other = "--compile" if o["compile"] else "--amp fp16"
+        raise ValueError(f"--train_at_once {o['train_at_once']} doesn't go with {other}: leave one of them out")
 
 
 def settle_averaging(o: Command) -> None:

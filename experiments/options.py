@@ -418,6 +418,9 @@ OPTIONS = (
            "stay in the file that they are mapped from, and go there batch by batch (default: a quarter of what is "
            "free)",
            POSITIVE, None, metavar="GB", free=True, rare=True, handed_on=True),
+    Option("train_at_once", "machine", "train so many agents of a process at once, in batched calls: for many small "
+           "models. The same up to rounding, but that dropout draws otherwise", number(int, 1), 1, (MAIN,), metavar="K",
+           free=True, rare=True),
     Option("compile", "machine", "run the model through torch.compile", boolean, False, free=True, rare=True),
     Option("config", "machine", "read options from a file; flags override it", path, None, metavar="FILE.yaml",
            free=True),

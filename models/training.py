@@ -60,11 +60,12 @@ def uncompiled(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optim
 Adam, SGD = uncompiled(torch.optim.Adam), uncompiled(torch.optim.SGD)
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float):
-    """`name`: adam or sgd. Momentum belongs to sgd alone."""
+def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float, *,
+                   foreach: bool | None = None):
+    """`name`: adam or sgd. Momentum belongs to sgd alone. foreach: all tensors in one go (None: as torch sees fit)."""
     if name == "adam":
-        return Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
-    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return Adam(model.parameters(), lr=lr, weight_decay=weight_decay, foreach=foreach)
+    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
 
 
 # What an optimiser keeps of each parameter: tensors of its shape, or of a single entry.

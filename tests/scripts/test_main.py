@@ -459,6 +459,35 @@ def test_the_last_merges_follow_one_another(checkpoints, tmp_path):
     assert "train_itr=2" in longer.parent.name  # it trains once more: another run
 
 
+@pytest.mark.parametrize("flags", [
+    ["--opt=WA"], pytest.param(["--opt=COMMON", "--correction=LED", "--loss=adjusted", "--agent_failure=0.2",
+                                "--workers=2"], marks=pytest.mark.long)], ids=" ".join)
+def test_agents_that_train_at_once_come_to_the_same(flags, tmp_path):
+    """Of unlike numbers of images; without Adam and BatchNorm, which make much of rounding."""
+    flags = [*TINY, "--norm=group", "--num_models=5", "--randominit", "--diffinit", "--train_samples=93",
+             "--data_dist=dirichlet", "--alpha=1", "--merg_itr=3", "--training", "--epochs=2", "--batch_size=10", "--test_samples=50",
+             "--optim=sgd", "--lr=0.01", "--momentum=0.9", *flags]
+    runs = {}
+    for at_once in (1, 3):
+        (home := tmp_path / str(at_once)).mkdir()
+        runs[at_once] = folder_of(script("main", *flags, f"--train_at_once={at_once}", cwd=home), home)
+    assert runs[1].relative_to(tmp_path / "1") == runs[3].relative_to(tmp_path / "3")
+    for i in range(5):
+        models = [torch.load(folder / f"trained/model_{i}.pth", weights_only=True) for folder in runs.values()]
+        for name, t in models[0].items():
+            assert torch.allclose(t.double(), models[1][name].double(), rtol=0, atol=1e-4), (i, name)
+    counted = [[(row["samples"], row["steps"], row["took_part"]) for row in rows_of(folder)]
+               for folder in runs.values()]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("flags", [["--compile"], ["--amp=fp16"]])
+def test_what_does_not_train_at_once_is_refused(flags, tmp_path):
+    result = script("main", *TINY, "--num_models=2", "--randominit", "--merg_itr=2", "--training", "--train_at_once=2",
+                    *flags, cwd=tmp_path, check=False)
+    assert result.returncode and "leave one of them out" in result.stderr and not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("flags,said", [
     (["--last_merges=2"], "no training anyway"), (["--last_merges=4", "--training"], "leaves no training between")])
 def test_last_merges_that_leave_no_training_are_refused(flags, said, tmp_path):

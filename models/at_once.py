@@ -1,0 +1,109 @@
+"""Training several models of one architecture at once: in each step one batched call in place of one for each model.
+
+For many small models on a machine that starts an operation more slowly than it carries it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from models.training import Diverged, EpochStats, Loss, all_finite, autocast
+
+
+@dataclass
+class Tally:
+    """A model's sums over an epoch, on its device."""
+
+    loss: Tensor | float = 0.0
+    right: Tensor | int = 0
+    samples: int = 0
+    steps: int = 0
+
+    def add(self, loss: Tensor, right: Tensor, samples: int) -> None:
+        self.loss, self.right = self.loss + loss * samples, self.right + right
+        self.samples, self.steps = self.samples + samples, self.steps + 1
+
+    def stats(self) -> EpochStats:
+        return EpochStats(float(self.loss) / self.samples, 100.0 * int(self.right) / self.samples, self.samples,
+                          self.steps)
+
+
+def scores_of(models: list[nn.Module], images: list[Tensor]) -> Tensor:
+    """(models, batch, classes): each model's scores of its own images, as many for each.
+
+    The models are of one architecture and in the same mode; gradients reach their parameters, and their buffers are
+    brought up to date. Where chance has a say (dropout) each model has its own. Raises ValueError for a model whose
+    `forward` looks at values, which no batched call can.
+    """
+    parameters, buffers = (
+        {name: torch.stack([dict(of(model))[name] for model in models]) for name, _ in of(models[0])}
+        for of in (nn.Module.named_parameters, nn.Module.named_buffers))
+
+    def forward(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(models[0], (parameters, buffers), (x,))
+
+    try:
+        scores = vmap(forward, randomness="different")(parameters, buffers, torch.stack(images))
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(f"these models can't be trained at once, only one after the other: {error}") from error
+    with torch.no_grad():
+        for k, model in enumerate(models):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name][k])
+    return scores
+
+
+def train_at_once(models: Mapping[Hashable, nn.Module], batches: Mapping[Hashable, Iterable[tuple[Tensor, Tensor]]],
+                  optimizer: torch.optim.Optimizer, losses: Mapping[Hashable, Loss], amp: str = "none",
+                  after_step: Mapping[Hashable, Callable[[], None] | None] | None = None
+                  ) -> dict[Hashable, EpochStats]:
+    """One pass of training of each model over its own batches, as `train_epoch` does it for one; equal to float
+    tolerance, dropout aside.
+
+    models: of one architecture, by name; optimizer: of the parameters of all of them. Models whose batches of a step
+    are of one shape make a call; one that has none left is done. Raises Diverged, naming the model, as `train_epoch`.
+    """
+    for model in models.values():
+        model.train()
+    tallies = {name: Tally() for name in models}
+    left = {name: iter(of_model) for name, of_model in batches.items()}
+    while True:
+        got = {name: batch for name, batches_left in left.items() if (batch := next(batches_left, None)) is not None}
+        if not got:
+            break
+        optimizer.zero_grad(set_to_none=True)  # and parameters without a gradient stay as they are
+        for names in _of_one_shape(got):
+            with autocast(got[names[0]][0].device, amp):
+                scores = scores_of([models[name] for name in names], [got[name][0] for name in names])
+                each = [losses[name](own, got[name][1]) for name, own in zip(names, scores, strict=True)]
+            torch.stack(each).sum().backward()
+            right = (scores.argmax(-1) == torch.stack([got[name][1] for name in names])).sum(-1)
+            for k, name in enumerate(names):
+                tallies[name].add(each[k].detach(), right[k], scores.shape[1])
+        optimizer.step()
+        for name in got if after_step else ():
+            if after_step[name] is not None:
+                after_step[name]()
+    stats = {name: tally.stats() for name, tally in tallies.items()}
+    for name, of_model in stats.items():
+        if not math.isfinite(of_model.loss):
+            raise Diverged(f"agent {name}: the training loss became {of_model.loss}: try a smaller --lr")
+        if not all_finite(models[name]):
+            raise Diverged(f"agent {name}: the model has NaN or infinite values: try a smaller --lr")
+    return stats
+
+
+def _of_one_shape(batches: Mapping[Hashable, tuple[Tensor, Tensor]]) -> list[list[Hashable]]:
+    """The names, those whose images are of one shape together."""
+    groups: dict[torch.Size, list[Hashable]] = {}
+    for name, (images, _) in batches.items():
+        groups.setdefault(images.shape, []).append(name)
+    return [*groups.values()]
