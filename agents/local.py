@@ -103,7 +103,8 @@ class LocalTrainer:
 
     def copies(self, states: Mapping[int, State]) -> dict[int, nn.Module]:
         """A model for each of these states, for training at once."""
-        models = {i: copy.deepcopy(self.model) for i in states}
+        plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)  # see models.at_once
+        models = {i: copy.deepcopy(plain) for i in states}
         for i, model in models.items():
             model.load_state_dict(states[i])
         return models
@@ -116,7 +117,7 @@ class LocalTrainer:
     def joint_optimizer(self, models: Collection[nn.Module]) -> torch.optim.Optimizer:
         """One that does for each of these models what an optimiser of its own would."""
         s = self.settings
-        return training.make_optimizer(nn.ModuleList(models), s.optim, s.lr, s.momentum, s.weight_decay, foreach=True)
+        return training.make_optimizer(nn.ModuleList(models), s.optim, s.lr, s.momentum, s.weight_decay, fused=True)
 
     def loss(self, indices: np.ndarray) -> training.Loss:
         """The loss of an agent with these training images."""

@@ -41,23 +41,24 @@ def scores_of(models: list[nn.Module], images: list[Tensor]) -> Tensor:
     brought up to date. Where chance has a say (dropout) each model has its own. Raises ValueError for a model whose
     `forward` looks at values, which no batched call can.
     """
-    parameters, buffers = (
-        {name: torch.stack([dict(of(model))[name] for model in models]) for name, _ in of(models[0])}
-        for of in (nn.Module.named_parameters, nn.Module.named_buffers))
+    parameters, own_buffers = ([dict(of(model)) for model in models]
+                               for of in (nn.Module.named_parameters, nn.Module.named_buffers))
+    stacked, buffers = ({name: _stacked([tensors[name] for tensors in each]) for name in each[0]}
+                        for each in (parameters, own_buffers))
 
     def forward(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(models[0], (parameters, buffers), (x,))
 
     try:
-        scores = vmap(forward, randomness="different")(parameters, buffers, torch.stack(images))
+        scores = vmap(forward, randomness="different")(stacked, buffers, _stacked(images))
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
         raise ValueError(f"these models can't be trained at once, only one after the other: {error}") from error
     with torch.no_grad():
-        for k, model in enumerate(models):
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name][k])
+        for name, new in buffers.items():
+            for own, value in zip(own_buffers, new, strict=True):
+                own[name].copy_(value)
     return scores
 
 
@@ -68,7 +69,7 @@ def train_at_once(models: Mapping[Hashable, nn.Module], batches: Mapping[Hashabl
     """One pass of training of each model over its own batches, as `train_epoch` does it for one; equal to float
     tolerance, dropout aside.
 
-    models: of one architecture, by name; optimizer: of the parameters of all of them. Models whose batches of a step
+    models: of one architecture, by name, in plain memory layout (else it is slow); optimizer: of the parameters of all of them. Models whose batches of a step
     are of one shape make a call; one that has none left is done. Raises Diverged, naming the model, as `train_epoch`.
     """
     for model in models.values():
@@ -99,6 +100,11 @@ def train_at_once(models: Mapping[Hashable, nn.Module], batches: Mapping[Hashabl
         if not all_finite(models[name]):
             raise Diverged(f"agent {name}: the model has NaN or infinite values: try a smaller --lr")
     return stats
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """In plain memory layout, one channel or many: channels-last ones torch takes one after the other."""
+    return torch.stack([t.reshape(-1) for t in tensors]).view(len(tensors), *tensors[0].shape)
 
 
 def _of_one_shape(batches: Mapping[Hashable, tuple[Tensor, Tensor]]) -> list[list[Hashable]]:

@@ -61,11 +61,11 @@ Adam, SGD = uncompiled(torch.optim.Adam), uncompiled(torch.optim.SGD)
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float, *,
-                   foreach: bool | None = None):
-    """`name`: adam or sgd. Momentum belongs to sgd alone. foreach: all tensors in one go (None: as torch sees fit)."""
+                   fused: bool | None = None):
+    """`name`: adam or sgd. Momentum belongs to sgd alone. fused: all tensors in one call (None: as torch sees fit)."""
     if name == "adam":
-        return Adam(model.parameters(), lr=lr, weight_decay=weight_decay, foreach=foreach)
-    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
+        return Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+    return SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
 
 # What an optimiser keeps of each parameter: tensors of its shape, or of a single entry.

@@ -33,7 +33,7 @@ def test_at_once_is_one_after_the_other(optim, norm):
     def correcting(model: nn.Module):
         return lambda: [p.data.sub_(1e-3) for p in model.parameters()] and None
 
-    joint = make_optimizer(nn.ModuleList(models.values()), optim, 0.01, 0.9, 0.1, foreach=True)
+    joint = make_optimizer(nn.ModuleList(models.values()), optim, 0.01, 0.9, 0.1, fused=True)
     own = {key: make_optimizer(model, optim, 0.01, 0.9, 0.1) for key, model in apart.items()}
     for _ in range(2):
         stats = train_at_once(models, batches, joint, losses,
