@@ -69,8 +69,9 @@ def train_at_once(models: Mapping[Hashable, nn.Module], batches: Mapping[Hashabl
     """One pass of training of each model over its own batches, as `train_epoch` does it for one; equal to float
     tolerance, dropout aside.
 
-    models: of one architecture, by name, in plain memory layout (else it is slow); optimizer: of the parameters of all of them. Models whose batches of a step
-    are of one shape make a call; one that has none left is done. Raises Diverged, naming the model, as `train_epoch`.
+    models: of one architecture, by name, in plain memory layout (else it is slow); optimizer: of the parameters of all
+    of them. Models whose batches of a step are of one shape share a call; one that has none left is done. Raises
+    Diverged, naming the model, as `train_epoch`.
     """
     for model in models.values():
         model.train()
