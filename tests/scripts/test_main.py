@@ -465,8 +465,8 @@ def test_the_last_merges_follow_one_another(checkpoints, tmp_path):
 def test_agents_that_train_at_once_come_to_the_same(flags, tmp_path):
     """Of unlike numbers of images; without Adam and BatchNorm, which make much of rounding."""
     flags = [*TINY, "--norm=group", "--num_models=5", "--randominit", "--diffinit", "--train_samples=93",
-             "--data_dist=dirichlet", "--alpha=1", "--merg_itr=3", "--training", "--epochs=2", "--batch_size=10", "--test_samples=50",
-             "--optim=sgd", "--lr=0.01", "--momentum=0.9", *flags]
+             "--data_dist=dirichlet", "--alpha=1", "--merg_itr=3", "--training", "--epochs=2", "--batch_size=10",
+             "--test_samples=50", "--optim=sgd", "--lr=0.01", "--momentum=0.9", *flags]
     runs = {}
     for at_once in (1, 3):
         (home := tmp_path / str(at_once)).mkdir()
