@@ -463,19 +463,19 @@ def test_the_last_merges_follow_one_another(checkpoints, tmp_path):
     ["--opt=WA"], pytest.param(["--opt=COMMON", "--correction=LED", "--loss=adjusted", "--agent_failure=0.2",
                                 "--workers=2"], marks=pytest.mark.long)], ids=" ".join)
 def test_agents_that_train_at_once_come_to_the_same(flags, tmp_path):
-    """Of unlike numbers of images; without Adam and BatchNorm, which make much of rounding."""
+    """Of unlike numbers of images. A few steps: later a ReLU whose input is 0 but for rounding may open or close."""
     flags = [*TINY, "--norm=group", "--num_models=5", "--randominit", "--diffinit", "--train_samples=93",
-             "--data_dist=dirichlet", "--alpha=1", "--merg_itr=3", "--training", "--epochs=2", "--batch_size=10",
+             "--data_dist=dirichlet", "--alpha=1", "--merg_itr=2", "--training", "--epochs=1", "--batch_size=10",
              "--test_samples=50", "--optim=sgd", "--lr=0.01", "--momentum=0.9", *flags]
     runs = {}
     for at_once in (1, 3):
         (home := tmp_path / str(at_once)).mkdir()
         runs[at_once] = folder_of(script("main", *flags, f"--train_at_once={at_once}", cwd=home), home)
     assert runs[1].relative_to(tmp_path / "1") == runs[3].relative_to(tmp_path / "3")
+    alone, together = ([torch.load(folder / f"trained/model_{i}.pth", weights_only=True) for i in range(5)]
+                       for folder in runs.values())
     for i in range(5):
-        models = [torch.load(folder / f"trained/model_{i}.pth", weights_only=True) for folder in runs.values()]
-        for name, t in models[0].items():
-            assert torch.allclose(t.double(), models[1][name].double(), rtol=0, atol=1e-4), (i, name)
+        assert all(torch.allclose(t, together[i][name], rtol=0, atol=1e-5) for name, t in alone[i].items())
     counted = [[(row["samples"], row["steps"], row["took_part"]) for row in rows_of(folder)]
                for folder in runs.values()]
     assert counted[0] == counted[1]
