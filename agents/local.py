@@ -101,23 +101,22 @@ class LocalTrainer:
         self.fast = torch.compile(self.model) if settings.compile else self.model
         self.dataset, self.settings, self.device = dataset, settings, device
 
-    def copies(self, states: Mapping[int, State]) -> dict[int, nn.Module]:
-        """A model for each of these states, for training at once."""
-        plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)  # see models.at_once
-        models = {i: copy.deepcopy(plain) for i in states}
+    def models(self, states: Mapping[int, State]) -> dict[int, nn.Module]:
+        """What to train for agents with these states: for one the working model, for several at once a copy each."""
+        models = {i: self.model for i in states}
+        if len(states) > 1:
+            plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)  # see models.at_once
+            models = {i: copy.deepcopy(plain) for i in states}
         for i, model in models.items():
             model.load_state_dict(states[i])
         return models
 
-    def fresh_optimizer(self) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
-        s = self.settings
+    def fresh_optimizer(self, *models: nn.Module) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler | None]:
+        """Of the working model; of several models one that does for each what an optimiser of its own would."""
+        s, several = self.settings, len(models) > 1
         scaler = torch.amp.GradScaler(self.device.type) if s.amp == "fp16" else None
-        return training.make_optimizer(self.model, s.optim, s.lr, s.momentum, s.weight_decay), scaler
-
-    def joint_optimizer(self, models: Collection[nn.Module]) -> torch.optim.Optimizer:
-        """One that does for each of these models what an optimiser of its own would."""
-        s = self.settings
-        return training.make_optimizer(nn.ModuleList(models), s.optim, s.lr, s.momentum, s.weight_decay, fused=True)
+        return training.make_optimizer(nn.ModuleList(models) if several else self.model, s.optim, s.lr, s.momentum,
+                                       s.weight_decay, fused=several or None), scaler
 
     def loss(self, indices: np.ndarray) -> training.Loss:
         """The loss of an agent with these training images."""
@@ -145,9 +144,19 @@ class LocalTrainer:
             raise ValueError(f"agent {seed_path[0]} ({len(indices)} training images, --batch_size "
                              f"{s.batch_size}): {error}") from error
 
-    def epoch_at_once(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
-                      after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
-        """One local epoch of several agents at once, each on its own images; seed_path: without the agent."""
+    def epoch_of(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
+                 scaler, after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
+        """One local epoch of each of these agents in its model (see `models`); seed_path: without the agent."""
+        if len(models) > 1:
+            return self._epoch_at_once(models, parts, seed_path, optimizer, after_step)
+        i, = models
+        try:
+            return {i: self.epoch(parts[i], (i, *seed_path), optimizer, scaler, after_step[i])}
+        except training.Diverged as error:
+            raise training.Diverged(f"agent {i}: {error}") from None
+
+    def _epoch_at_once(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
+                       after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
         s = self.settings
         batches = {i: training_batches(s, self.dataset, parts[i], i, *seed_path) for i in models}
         most = max(batches, key=lambda i: len(batches[i]))

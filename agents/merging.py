@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from agents.alignment import Alignment
 from agents.correction import DriftCorrection
@@ -35,7 +34,6 @@ from utils.progress import progress, say
 from utils.settings import FromOptions
 
 SHARED = -1
-NO_EPOCH = training.EpochStats(math.nan, math.nan, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -320,52 +318,30 @@ class MergingAgents(Agents):
         try:
             for first in progress(range(0, len(up), most), f"iteration {iteration}: training",
                                   unit="agent" if most == 1 else f"{most} agents"):
-                agents = up[first : first + most]
-                stats |= self._train_one(*agents, iteration) if len(agents) == 1 else self._train(agents, iteration)
+                stats |= self._train(up[first : first + most], iteration)
         except training.Diverged as error:
             raise training.Diverged(f"iteration {iteration}, {error}; the run folder keeps what was finished "
                                     "before") from None
         return {i: {"stats": last} for i, last in stats.items()}
 
-    def _train_one(self, i: int, iteration: int) -> dict[int, training.EpochStats]:
-        model = self.trainer.model
-        model.load_state_dict(self.states[i])
-        optimizer, scaler = self.trainer.fresh_optimizer()
-        correct = self._correcting(i, model)
-        last = NO_EPOCH
-        for epoch in range(1, self.settings.epochs + 1):
-            try:
-                last = self.trainer.epoch(self.train_parts[i], (i, iteration, f"local epoch {epoch}"), optimizer,
-                                          scaler, correct)
-            except training.Diverged as error:
-                raise training.Diverged(f"agent {i}: {error}") from None
-            self._has_trained(i, last)
-        self.states[i], self.model_of[i] = training.snapshot(model), i
-        return {i: last}
-
     def _train(self, agents: list[int], iteration: int) -> dict[int, training.EpochStats]:
-        """Of several agents at once."""
-        models = self.trainer.copies({i: self.states[i] for i in agents})
-        optimizer = self.trainer.joint_optimizer(models.values())
-        correct = {i: self._correcting(i, model) for i, model in models.items()}
-        last = dict.fromkeys(agents, NO_EPOCH)
-        for epoch in range(1, self.settings.epochs + 1):
-            last = self.trainer.epoch_at_once(models, self.train_parts, (iteration, f"local epoch {epoch}"), optimizer,
-                                              correct)
+        """Of one agent, or of several at once."""
+        trainer, epochs, correct = self.trainer, self.settings.epochs, {}
+        models = trainer.models({i: self.states[i] for i in agents})
+        optimizer, scaler = trainer.fresh_optimizer(*models.values())
+        for i, model in models.items():
+            batches = training_batches(trainer.settings, trainer.dataset, self.train_parts[i])
+            correct[i] = self.correction and self.correction.step(i, model, epochs * len(batches))
+        last = dict.fromkeys(agents, training.EpochStats(math.nan, math.nan, 0, 0))
+        for epoch in range(1, epochs + 1):
+            last = trainer.epoch_of(models, self.train_parts, (iteration, f"local epoch {epoch}"), optimizer, scaler,
+                                    correct)
             for i in agents:
-                self._has_trained(i, last[i])
+                self.samples[i] += last[i].samples
+                self.steps[i] += last[i].steps
         for i, model in models.items():
             self.states[i], self.model_of[i] = training.snapshot(model), i
         return last
-
-    def _correcting(self, i: int, model: nn.Module) -> Callable[[], None] | None:
-        """What to do after each step in which `model` is trained for agent i."""
-        batches = training_batches(self.trainer.settings, self.trainer.dataset, self.train_parts[i])
-        return self.correction and self.correction.step(i, model, self.settings.epochs * len(batches))
-
-    def _has_trained(self, i: int, epoch: training.EpochStats) -> None:
-        self.samples[i] += epoch.samples
-        self.steps[i] += epoch.steps
 
     # As a run sees them
 

@@ -5,33 +5,13 @@ For many small models on a machine that starts an operation more slowly than it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from models.training import Diverged, EpochStats, Loss, all_finite, autocast
-
-
-@dataclass
-class Tally:
-    """A model's sums over an epoch, on its device."""
-
-    loss: Tensor | float = 0.0
-    right: Tensor | int = 0
-    samples: int = 0
-    steps: int = 0
-
-    def add(self, loss: Tensor, right: Tensor, samples: int) -> None:
-        self.loss, self.right = self.loss + loss * samples, self.right + right
-        self.samples, self.steps = self.samples + samples, self.steps + 1
-
-    def stats(self) -> EpochStats:
-        return EpochStats(float(self.loss) / self.samples, 100.0 * int(self.right) / self.samples, self.samples,
-                          self.steps)
+from models.training import Diverged, EpochStats, Loss, Tally, autocast
 
 
 def scores_of(models: list[nn.Module], images: list[Tensor]) -> Tensor:
@@ -91,15 +71,15 @@ def train_at_once(models: Mapping[Hashable, nn.Module], batches: Mapping[Hashabl
             for k, name in enumerate(names):
                 tallies[name].add(each[k].detach(), right[k], scores.shape[1])
         optimizer.step()
-        for name in got if after_step else ():
-            if after_step[name] is not None:
+        for name in got:
+            if after_step and after_step[name] is not None:
                 after_step[name]()
-    stats = {name: tally.stats() for name, tally in tallies.items()}
-    for name, of_model in stats.items():
-        if not math.isfinite(of_model.loss):
-            raise Diverged(f"agent {name}: the training loss became {of_model.loss}: try a smaller --lr")
-        if not all_finite(models[name]):
-            raise Diverged(f"agent {name}: the model has NaN or infinite values: try a smaller --lr")
+    stats = {}
+    for name, model in models.items():
+        try:
+            stats[name] = tallies[name].stats(model)
+        except Diverged as error:
+            raise Diverged(f"agent {name}: {error}") from None
     return stats
 
 

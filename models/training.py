@@ -32,6 +32,30 @@ class EpochStats:
     steps: int
 
 
+@dataclass
+class Tally:
+    """Sums over a model's batches so far. They lie on its device, which is waited for only where `stats` are asked."""
+
+    loss: Tensor | float = 0.0
+    right: Tensor | int = 0
+    samples: int = 0
+    steps: int = 0
+
+    def add(self, loss: Tensor, right: Tensor, samples: int) -> None:
+        """A batch of so many: its mean loss, without gradients, and how many answers are right."""
+        self.loss, self.right = self.loss + loss * samples, self.right + right
+        self.samples, self.steps = self.samples + samples, self.steps + 1
+
+    def stats(self, model: nn.Module) -> EpochStats:
+        """Raises Diverged when the loss or the model is not finite any more."""
+        mean = float(self.loss) / self.samples
+        if not math.isfinite(mean):
+            raise Diverged(f"the training loss became {mean}: try a smaller --lr")
+        if not all_finite(model):
+            raise Diverged("the model has NaN or infinite values: try a smaller --lr")
+        return EpochStats(mean, 100.0 * int(self.right) / self.samples, self.samples, self.steps)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Per image, in the data set's order: was it right, and the cross-entropy."""
@@ -131,8 +155,7 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], opti
     device never waits.
     """
     model.train()
-    loss_sum = right = None
-    samples = steps = 0
+    tally = Tally()
     for x, y in batches:
         optimizer.zero_grad(set_to_none=True)
         with autocast(x.device, amp):
@@ -147,17 +170,8 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], opti
             scaler.update()
         if after_step is not None:
             after_step()
-        with torch.no_grad():
-            batch_loss, batch_right = loss.detach() * len(y), (scores.argmax(1) == y).sum()
-            loss_sum = batch_loss if loss_sum is None else loss_sum + batch_loss
-            right = batch_right if right is None else right + batch_right
-        samples, steps = samples + len(y), steps + 1
-    mean = float(loss_sum) / samples
-    if not math.isfinite(mean):
-        raise Diverged(f"the training loss became {mean}: try a smaller --lr")
-    if not all_finite(model):
-        raise Diverged("the model has NaN or infinite values: try a smaller --lr")
-    return EpochStats(mean, 100.0 * int(right) / samples, samples, steps)
+        tally.add(loss.detach(), (scores.detach().argmax(1) == y).sum(), len(y))
+    return tally.stats(model)
 
 
 def all_finite(model: nn.Module) -> bool:

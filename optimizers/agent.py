@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.training import Diverged, EpochStats, Loss, all_finite, autocast
+from models.training import Diverged, EpochStats, Loss, Tally, autocast
 from utils.seeds import generator
 
 Batch = Sequence[Tensor]
@@ -102,9 +101,7 @@ class Agent:
         with self._buffers_as_sent():
             loss, right = self._backward(self.flat, owner=self.index)
         size = len(self.batch[0])
-        self._loss_sum, self._right = self._loss_sum + loss * size, self._right + right
-        self._seen += size
-        self._steps += 1
+        self.tally.add(loss, right, size)
         self.samples += size
         return self.flat.gradient
 
@@ -160,18 +157,14 @@ class Agent:
     # Running averages since `forget_stats`
 
     def forget_stats(self) -> None:
-        self._loss_sum, self._right, self._seen, self._steps = torch.zeros(()), 0, 0, 0
+        self.tally = Tally()
 
     def stats(self) -> EpochStats | None:
         """None without a step. Raises Diverged when the loss or the model is not finite any more."""
-        if not self._seen:
-            return None
-        mean = float(self._loss_sum) / self._seen
-        if not math.isfinite(mean):
-            raise Diverged(f"agent {self.index}: the training loss became {mean}: try a smaller --lr")
-        if not all_finite(self.flat.module):
-            raise Diverged(f"agent {self.index}: the model has NaN or infinite values: try a smaller --lr")
-        return EpochStats(mean, 100.0 * int(self._right) / self._seen, self._seen, self._steps)
+        try:
+            return self.tally.stats(self.flat.module) if self.tally.steps else None
+        except Diverged as error:
+            raise Diverged(f"agent {self.index}: {error}") from None
 
 
 def classification(forward: nn.Module, batch: Batch, loss: Loss = F.cross_entropy) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def test_gradients_weight_decay_and_figures():
     assert (agent.samples, agent.stats().samples, agent.stats().steps) == (9, 9, 2)
     agent.forget_stats()
     agent.x[0] = float("nan")
-    agent._seen, agent._loss_sum = 1, torch.zeros(())
+    agent.tally.add(torch.zeros(()), torch.zeros(()), 1)
     with pytest.raises(Diverged, match="agent 0"):
         agent.stats()
 
