@@ -20,8 +20,8 @@ from data.batches import Batches
 from merging import METHODS, Merged, Method, all_outgoing, merge
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
-from merging.batch_norm import images_of, reestimate
-from merging.divided import Divided
+from merging.batch_norm import images_of
+from merging.divided import Divided, reestimate_all
 from merging.files import check_state
 from merging.permutation import FeatureReader, Permutations, PermutationSpec, derive_spec
 from models import training
@@ -259,8 +259,9 @@ class MergingAgents(Agents):
 
     def stay_alone(self, iteration: int) -> dict[int, dict[str, Any]]:
         """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
-        for i in self.up(iteration) if self.settings.bn_reset != "none" else ():
-            self.states[i] = reestimate(self.trainer.model, self.states[i], self.matching_batches(i, iteration))
+        alone = self.up(iteration) if self.settings.bn_reset != "none" else ()
+        self.states |= reestimate_all(self.trainer.model, {i: self.states[i] for i in alone},
+                                      {i: self.matching_batches(i, iteration) for i in alone})
         return {i: {"merged_with": "", "matched": []} for i in self.states}
 
     def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches],

@@ -4,6 +4,8 @@ The statistics of a merged network are not the average of the statistics: withou
 to chance (REPAIR, Jordan et al. 2022; DIMAT, section 4).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -75,7 +77,7 @@ def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
+def reestimate(model: nn.Module, state: State, batches: Batches, reader: NormReader | None = None) -> State:
     """A state dict with BatchNorm's running statistics estimated anew: one pass, every batch counts the same.
 
     `model` gives the architecture, `state` the values; neither is changed, nor is any layer's momentum. Only BatchNorm
@@ -83,11 +85,12 @@ def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     over the batches and `num_batches_tracked` is their number; all other tensors are `state`'s own. A batch of a single
     image says nothing about variances and is left out unless it is the first.
 
-    A model without BatchNorm statistics makes no pass: `state` itself comes back.
+    A model without BatchNorm statistics makes no pass: `state` itself comes back. reader: one of `model`, to be used
+    again for the next state.
     """
     if not tracked_norms(model):
         return state
-    estimate = Estimate(NormReader(model, device_of(state)), state)
+    estimate = Estimate(reader or NormReader(model, device_of(state)), state)
     for x in telling(images_of(batches, device_of(state), "BatchNorm")):
         estimate.see(x)
     return estimate.state(estimate.sums())

@@ -64,12 +64,15 @@ def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mappin
     what one process finds.
     """
     divided = next((batches for batches in images.values() if isinstance(batches, Divided)), None)
-    if divided is None or not tracked_norms(model):
-        return {i: reestimate(model, state, images[i]) for i, state in states.items()}
-    team, device = divided.team, device_of(next(iter(states.values())))
+    if not tracked_norms(model) or not (states or divided):
+        return dict(states)
+    device = device_of(next(iter(states.values())))
+    reader = NormReader(model, device)
+    if divided is None:
+        return {i: reestimate(model, state, images[i], reader) for i, state in states.items()}
+    team = divided.team
     theirs = team.everybody({i: _on("cpu", state) for i, state in states.items()})
     everybodys = {i: _on(device, state) for one in theirs for i, state in one.items()}
-    reader = NormReader(model, device)
     estimates = {i: Estimate(reader, states.get(i, everybodys[i])) for i in sorted(everybodys)}
     turns = itertools.cycle(range(team.size))
     for x in telling(images_of(divided, device, "BatchNorm")):
