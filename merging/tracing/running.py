@@ -6,6 +6,7 @@ What the network's code raises becomes a ValueError here, with one sentence.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -162,8 +163,9 @@ def _reason(error: Exception) -> str:
 
 def dtype_of(model: nn.Module, x: Tensor) -> torch.dtype:
     """What to hand x to the model in: floating numbers in a precision that the model has, others as they are."""
-    own = [tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-    return own[0] if own and x.is_floating_point() and x.dtype not in own else x.dtype
+    own = (t.dtype for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    first = next(own, x.dtype)
+    return first if x.is_floating_point() and x.dtype != first and x.dtype not in own else x.dtype
 
 
 def is_mixed(name: str, value: Any) -> bool:
