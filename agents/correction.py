@@ -83,17 +83,24 @@ class DriftCorrection:
         self.walked = {}
 
     def step(self, i: int, model: nn.Module, steps: int) -> Callable[[], None] | None:
-        """What to do after every one of so many steps in which `model` is trained for agent i; None: nothing."""
+        """What to do after every one of so many steps in which `model` is trained for agent i; None: nothing.
+
+        An agent with so few images that none of its steps falls into this part of an epoch is corrected at once: the
+        corrections of all agents add up to 0, and only together leave the mean of the models where it is.
+        """
         if i not in self.y:
             return None
         parameters = list(model.parameters())
-        each = [self.y[i][name] / steps for name in self.names]
+        each = [self.y[i][name] / max(steps, 1) for name in self.names]
 
         @torch.no_grad()
         def correct() -> None:
             torch._foreach_sub_(parameters, each)
 
-        return correct
+        if steps:
+            return correct
+        correct()
+        return None
 
     # In state.pt
 

@@ -27,6 +27,7 @@ from utils.seeds import generator
 from utils.settings import FromOptions
 
 EVAL_BATCH = 500
+WHOLE = (0, 1)  # the part of an epoch that is all of it, see `Batches`
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def new_model(s: ModelSettings, dataset: Dataset, seed: int | None = None) -> nn
                        image_size=dataset.image_size, width_multiplier=s.width_multiplier, norm=s.norm, seed=seed)
 
 
-def training_batches(s: TrainSettings, dataset: Dataset, indices: np.ndarray, *seed_path: Any) -> Batches:
-    """A pass over an agent's training images, augmented, in an order that `seed_path` decides."""
+def training_batches(s: TrainSettings, dataset: Dataset, indices: np.ndarray, *seed_path: Any,
+                     part: tuple[int, int] = WHOLE) -> Batches:
+    """A pass over an agent's training images, or a part of it, augmented, in an order that `seed_path` decides."""
     return Batches(dataset, dataset.train, indices, s.batch_size, shuffle=True, augment=True,
-                   make_generator=lambda: generator(s.seed, *seed_path))
+                   make_generator=lambda: generator(s.seed, *seed_path), part=part)
 
 
 class LocalTrainer:
@@ -131,11 +133,16 @@ class LocalTrainer:
         return Batches(self.dataset, train, indices, s.batch_size, shuffle=True, augment=augment,
                        make_generator=lambda: generator(s.seed, agent or 0, iteration, purpose))
 
+    def batches(self, indices: np.ndarray, seed_path: tuple, part: tuple[int, int]) -> Batches:
+        """Of a local epoch whose k-th part is due in this iteration; its order was drawn in that of its first part."""
+        agent, iteration, purpose = seed_path
+        return training_batches(self.settings, self.dataset, indices, agent, iteration - part[0], purpose, part=part)
+
     def epoch(self, indices: np.ndarray, seed_path: tuple, optimizer, scaler,
-              after_step: Callable[[], None] | None = None) -> training.EpochStats:
-        """One local epoch; `seed_path` = (agent, iteration, purpose) decides order, augmentation and dropout."""
+              after_step: Callable[[], None] | None = None, part: tuple[int, int] = WHOLE) -> training.EpochStats:
+        """A local epoch, or a part; `seed_path` = (agent, iteration, purpose) decides order, augmentation, dropout."""
         s = self.settings
-        batches = training_batches(s, self.dataset, indices, *seed_path)
+        batches = self.batches(indices, seed_path, part)
         bar = progress(batches, seed_path[-1], total=len(batches), unit="step")
         torch.manual_seed(generator(s.seed, *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())
         try:
@@ -145,20 +152,23 @@ class LocalTrainer:
                              f"{s.batch_size}): {error}") from error
 
     def epoch_of(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
-                 scaler, after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
-        """One local epoch of each of these agents in its model (see `models`); seed_path: without the agent."""
+                 scaler, after_step: Mapping[int, Callable[[], None] | None],
+                 part: tuple[int, int] = WHOLE) -> dict[int, training.EpochStats]:
+        """The same of each of these agents in its model (see `models`); parts: all agents' images; seed_path: without
+        the agent."""
         if len(models) > 1:
-            return self._epoch_at_once(models, parts, seed_path, optimizer, after_step)
+            return self._epoch_at_once(models, parts, seed_path, optimizer, after_step, part)
         i, = models
         try:
-            return {i: self.epoch(parts[i], (i, *seed_path), optimizer, scaler, after_step[i])}
+            return {i: self.epoch(parts[i], (i, *seed_path), optimizer, scaler, after_step[i], part)}
         except training.Diverged as error:
             raise training.Diverged(f"agent {i}: {error}") from None
 
     def _epoch_at_once(self, models: Mapping[int, nn.Module], parts: Sequence[np.ndarray], seed_path: tuple, optimizer,
-                       after_step: Mapping[int, Callable[[], None] | None]) -> dict[int, training.EpochStats]:
+                       after_step: Mapping[int, Callable[[], None] | None],
+                       part: tuple[int, int]) -> dict[int, training.EpochStats]:
         s = self.settings
-        batches = {i: training_batches(s, self.dataset, parts[i], i, *seed_path) for i in models}
+        batches = {i: self.batches(parts[i], (i, *seed_path), part) for i in models}
         most = max(batches, key=lambda i: len(batches[i]))
         bar = {most: progress(batches[most], seed_path[-1], total=len(batches[most]), unit="step")}
         torch.manual_seed(generator(s.seed, min(models), *seed_path[:-1], f"{seed_path[-1]}, dropout").initial_seed())

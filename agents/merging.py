@@ -14,7 +14,7 @@ import torch
 
 from agents.alignment import Alignment
 from agents.correction import DriftCorrection
-from agents.local import LocalTrainer, training_batches
+from agents.local import LocalTrainer
 from agents.run import Agents
 from data.batches import Batches
 from merging import METHODS, Merged, Method, all_outgoing, merge
@@ -41,7 +41,7 @@ class MergeSettings(FromOptions):
     """What agents do in an iteration, and `of_method`: the options that a merge method may have, by its names."""
 
     opt: str
-    epochs: int
+    epochs: float
     train_at_once: int
     batch_size: int
     match_data: str
@@ -71,6 +71,11 @@ class MergeSettings(FromOptions):
     def method(self) -> Method | None:
         """How models are merged; None: agents stay alone."""
         return METHODS.get(self.opt)
+
+    def part(self, iteration: int) -> tuple[int, int]:
+        """Which part of a local epoch an iteration trains: (k, h) is the k-th of h, (0, 1) all of it."""
+        h = round(1 / self.epochs) if 0 < self.epochs < 1 else 1
+        return (iteration - 1) % h, h
 
     @property
     def reads_others(self) -> bool:
@@ -313,7 +318,7 @@ class MergingAgents(Agents):
     # Training
 
     def train(self, iteration: int) -> dict[int, dict[str, training.EpochStats]]:
-        """E local epochs of every agent with a fresh optimiser; `stats` are the last epoch's."""
+        """E local epochs of every agent, or a part of one, with a fresh optimiser; `stats` are the last epoch's."""
         up, most = self.up(iteration), self.settings.train_at_once
         stats: dict[int, training.EpochStats] = {}
         try:
@@ -327,16 +332,17 @@ class MergingAgents(Agents):
 
     def _train(self, agents: list[int], iteration: int) -> dict[int, training.EpochStats]:
         """Of one agent, or of several at once."""
-        trainer, epochs, correct = self.trainer, self.settings.epochs, {}
+        trainer, epochs, correct = self.trainer, math.ceil(self.settings.epochs), {}
+        part = self.settings.part(iteration)
         models = trainer.models({i: self.states[i] for i in agents})
         optimizer, scaler = trainer.fresh_optimizer(*models.values())
         for i, model in models.items():
-            batches = training_batches(trainer.settings, trainer.dataset, self.train_parts[i])
-            correct[i] = self.correction and self.correction.step(i, model, epochs * len(batches))
+            steps = epochs * len(trainer.batches(self.train_parts[i], (i, iteration, ""), part))
+            correct[i] = self.correction.step(i, model, steps) if self.correction and epochs else None
         last = dict.fromkeys(agents, training.EpochStats(math.nan, math.nan, 0, 0))
         for epoch in range(1, epochs + 1):
             last = trainer.epoch_of(models, self.train_parts, (iteration, f"local epoch {epoch}"), optimizer, scaler,
-                                    correct)
+                                    correct, part)
             for i in agents:
                 self.samples[i] += last[i].samples
                 self.steps[i] += last[i].steps

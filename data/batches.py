@@ -23,8 +23,9 @@ class Batches:
     its own flip and crop, as far as the data set allows them), so that all passes are the same if all generators are.
 
     images: the data set's `train` or `test`; indices: which of them, in this order (None: all). The last batch may be
-    smaller; a single image left over joins the batch before, as BatchNorm can't be trained on one. Raises ValueError
-    for a batch size below 1, no images, or chance without a generator.
+    smaller; a single image left over joins the batch before, as BatchNorm can't be trained on one. part: (k, h), of a
+    pass only the k-th (0, ..., h - 1) of h runs of batches, as long as can be alike. Raises ValueError for a batch size
+    below 1, no images, or chance without a generator.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Batches:
         shuffle: bool = False,
         augment: bool = False,
         make_generator: Callable[[], torch.Generator] | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
@@ -54,6 +56,7 @@ class Batches:
         self.augment = augment and (dataset.flip or dataset.padding > 0)
         self.flip, self.padding = dataset.flip, dataset.padding
         self.make_generator = make_generator
+        self.part = part
         # (x / 255 - mean) / std as one product and one sum
         mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
@@ -63,11 +66,12 @@ class Batches:
         return len(self.indices)
 
     def _bounds(self) -> list[int]:
-        """Where batches begin and end in the order of a pass."""
+        """Where this part's batches begin and end in the order of a pass."""
         bounds = [*range(0, self.num_samples, self.batch_size), self.num_samples]
         if len(bounds) > 2 and self.num_samples % self.batch_size == 1:
             del bounds[-2]
-        return bounds
+        (k, h), count = self.part, len(bounds) - 1
+        return bounds[k * count // h : (k + 1) * count // h + 1]
 
     def __len__(self) -> int:
         return len(self._bounds()) - 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.datasets import DATASETS, check_name
 from data.partition import PARTITIONS, asks_for
-from experiments.parsing import boolean, exchange, number, parser, path
+from experiments.parsing import boolean, exchange, local_epochs, number, parser, path
 from models import MODELS, NORMS
 from models.training import LOSSES
 from network.processes import BACKENDS, STARTING
@@ -261,9 +261,10 @@ OPTIONS = (
            default="resnet20", metavar="NAME", handed_on=True, read="always", elsewhere=True),
     Option("norm", "model", "normalisation of resnet20, vgg16 and resnet50 (which has no evonorm); group and evonorm "
            "don't depend on the batch", list(NORMS), usual="batch", inherited=True, otherwise="batch", handed_on=True),
-    Option("epochs", "training", {TRAIN: "epochs of training", MAIN: "local epochs of an iteration",
-                                  BASE: "epochs in all"}, {TRAIN: COUNT, MAIN: COUNT, BASE: number(int, 1)},
-           {TRAIN: 100, MAIN: 2, BASE: 200}, matters=lambda o: trains(o) and not is_baseline(o),  # may be made longer
+    Option("epochs", "training", {TRAIN: "epochs of training", MAIN: "local epochs of an iteration; 0.5, 0.2 or "
+                                  "another whole part of 1: so much of one", BASE: "epochs in all"},
+           {TRAIN: COUNT, MAIN: local_epochs, BASE: number(int, 1)}, {TRAIN: 100, MAIN: 2, BASE: 200},
+           matters=lambda o: trains(o) and not is_baseline(o),  # may be made longer
            read="where said"),
     Option("num_epochs", "training", "epochs between two evaluations", number(int, 1), 2, (BASE,), metavar="E",
            read="where said", elsewhere=True),

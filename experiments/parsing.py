@@ -101,6 +101,21 @@ def number(kind: type, low: float, high: float = float("inf"), strict: bool = Fa
     return parse
 
 
+def local_epochs(text: str) -> int | float:
+    """An argparse type: a whole number, or 1 by a whole number (0.5, 0.3333, 0.25, ...), as a decimal of six digits."""
+    if re.fullmatch(NUMBERS[int], text, re.ASCII):
+        return number(int, 0)(text)
+    value = number(float, 1e-4)(text)
+    parts = max(round(1 / value), 1)
+    if abs(value * parts - 1) > 1e-3:
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of epochs nor a half, a third or another "
+                                         f"whole part of one; such as {math.ceil(value) if value > 1 else 1 / parts:g}")
+    return 1 if parts == 1 else float(f"{1 / parts:g}")
+
+
+local_epochs.kind = float
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults in the help, line breaks of the description kept; no '(default: None)'."""
 

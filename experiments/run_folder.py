@@ -323,7 +323,7 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, agents: Sequenc
     agents: those that the folder is about; evaluations: each one's on the whole test set; of_average: of the plain
     average of all models, None (as consensus_distance) for an agent that doesn't know all; test_parts: the test images
     that go with each agent's data; began: `time.perf_counter()` at the phase's start; stats: of each one's last local
-    epoch, None where there was none; per_agent: further columns of metrics.csv, one value for each agent.
+    epoch, None or no steps where there was none; per_agent: further columns of metrics.csv, one value for each agent.
     Raises Diverged, before anything is written, when an agent's loss is not finite.
     """
     for i, evaluation in zip(agents, evaluations, strict=True):
@@ -334,7 +334,8 @@ def record_agents(folder: RunFolder, iteration: int, phase: str, agents: Sequenc
     seconds = time.perf_counter() - began
     folder.record(iteration, phase, [{
         "agent": i, "test_accuracy": e.accuracy(), "test_loss": e.loss,
-        "train_accuracy": trained.accuracy if trained else "", "train_loss": trained.loss if trained else "",
+        "train_accuracy": trained.accuracy if trained and trained.steps else "",
+        "train_loss": trained.loss if trained and trained.steps else "",
         "consensus_distance": "" if consensus_distance is None else consensus_distance,
         "average_model_accuracy": of_average.accuracy() if of_average else "",
         "seconds": round(seconds, 3), **{key: values[k] for key, values in per_agent.items()},

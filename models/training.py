@@ -47,7 +47,9 @@ class Tally:
         self.samples, self.steps = self.samples + samples, self.steps + 1
 
     def stats(self, model: nn.Module) -> EpochStats:
-        """Raises Diverged when the loss or the model is not finite any more."""
+        """NaN of no batches. Raises Diverged when the loss or the model is not finite any more."""
+        if not self.steps:
+            return EpochStats(math.nan, math.nan, 0, 0)
         mean = float(self.loss) / self.samples
         if not math.isfinite(mean):
             raise Diverged(f"the training loss became {mean}: try a smaller --lr")

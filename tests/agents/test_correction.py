@@ -101,6 +101,15 @@ def test_a_step_takes_its_share(spec):
     assert DriftCorrection(CORRECTIONS["LED"], model, None).step(0, model, 4) is None
 
 
+def test_who_has_no_step_in_a_part_of_an_epoch_is_corrected_at_once(spec):
+    states = [resnet(i).state_dict() for i in range(2)]
+    correction = after_a_merge("LED", spec, states, states, [[0.6, 0.4], [0.4, 0.6]], "WA")
+    model = resnet(0)
+    assert correction.step(0, model, steps=0) is None
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, states[0][name] - correction.y[0][name], atol=1e-6)
+
+
 @pytest.mark.parametrize("change", [lambda y: y.pop("conv1.weight"), lambda y: y.update({"more": torch.zeros(1)}),
                                     lambda y: y.update({"conv1.weight": torch.zeros(2)})])
 def test_a_correction_of_another_model_is_refused(change, spec):

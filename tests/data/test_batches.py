@@ -1,6 +1,7 @@
 """Batches: order, normalisation, augmentation."""
 
 import ctypes
+import itertools
 import mmap
 import os
 import sys
@@ -56,6 +57,22 @@ def test_plain_batches_are_the_normalised_images_in_order(indices, batch_size):
 def test_a_single_image_left_over_joins_the_batch_before(batch_size, sizes):
     batches = Batches(make_dataset(), make_dataset().train, None, batch_size)
     assert [len(x) for x, _ in batches] == sizes and len(batches) == len(sizes)
+
+
+@pytest.mark.parametrize(("batch_size", "h"), [(4, 1), (4, 2), (4, 3), (4, 6), (4, 8), (11, 4), (30, 2)])
+def test_the_parts_of_a_pass_make_up_the_pass(batch_size, h):
+    dataset = make_dataset()
+
+    def part_of(k: int, h: int) -> Batches:
+        return Batches(dataset, dataset.train, None, batch_size, shuffle=True, augment=True, part=(k, h),
+                       make_generator=lambda: generator(0, "a pass"))
+
+    whole = [*part_of(0, 1)]
+    parts = [[*part_of(k, h)] for k in range(h)]
+    assert [len(part_of(k, h)) for k in range(h)] == [*map(len, parts)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for (x, y), (x_of_part, y_of_part) in zip(whole, itertools.chain(*parts), strict=True):
+        assert torch.equal(x, x_of_part) and torch.equal(y, y_of_part)
 
 
 def test_batches_have_the_layout_that_is_fast_here():

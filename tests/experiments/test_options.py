@@ -104,6 +104,22 @@ def test_numbers_as_people_write_them(text, value):
     assert main_options(f"--lr={text}").lr == value
 
 
+@pytest.mark.parametrize(("text", "value"), [
+    ("0", 0), ("2", 2), ("1.0", 1), ("0.5", 0.5), (".25", 0.25), ("0.3333", 0.333333), ("0.333333333", 0.333333)])
+def test_local_epochs_are_whole_or_a_whole_part_of_one(text, value):
+    epochs = main_options(f"--epochs={text}").epochs
+    assert epochs == value and type(epochs) is type(value)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("0.3", "such as 0.333333"), ("0.7", "such as 1"), ("2.5", "such as 3"), ("1e-9", "must be >= 0.0001"),
+    ("-1", "must be >= 0"), ("nan", "not a finite number"), ("half", "not a number")])
+def test_other_local_epochs_are_refused(text, said, capsys):
+    with pytest.raises(SystemExit):
+        main_options(f"--epochs={text}")
+    assert "--epochs" in (error := capsys.readouterr().err) and said in error
+
+
 @pytest.mark.parametrize("text", ["1_0.5", "1.\u0665", " 0.5", "inf", "1e400", "0x1p3"])
 def test_other_numbers_are_refused(text, capsys):
     with pytest.raises(SystemExit):

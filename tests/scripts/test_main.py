@@ -459,8 +459,27 @@ def test_the_last_merges_follow_one_another(checkpoints, tmp_path):
     assert "train_itr=2" in longer.parent.name  # it trains once more: another run
 
 
+def test_the_parts_of_an_epoch_make_up_the_epoch(tmp_path):
+    """Of agents alone, by an optimiser that remembers nothing; one of them has too few images for a step in each."""
+    flags = [*TINY, "--num_models=3", "--randominit", "--diffinit", "--data_dist=exponential", "--size_ratio=10",
+             "--training", "--batch_size=20", "--test_samples=50", "--opt=NONE", "--bn_reset=none", "--optim=sgd",
+             "--lr=0.01", "--momentum=0"]
+    states, samples = [], []
+    for epochs, merges in (("1", 2), ("0.5", 3), ("0.3333", 4)):
+        (home := tmp_path / epochs).mkdir()
+        folder = folder_of(script("main", *flags, f"--epochs={epochs}", f"--merg_itr={merges}", cwd=home), home)
+        states.append(torch.load(folder / "state.pt", weights_only=True)["states"])
+        samples.append({(row["agent"], row["samples"]) for row in rows_of(folder) if row["iteration"] == str(merges)})
+    assert folder.parent.parent.name == "epochs_0.333333" and read_run(folder).local_epochs == pytest.approx(1 / 3)
+    assert {row["train_loss"] for row in rows_of(folder) if row["phase"] == "trained"} >= {""}  # nothing in this part
+    assert samples[0] == samples[1] == samples[2]
+    equal(states[0], states[1])
+    equal(states[0], states[2])
+
+
 @pytest.mark.parametrize("flags", [
-    ["--opt=WA"], pytest.param(["--opt=COMMON", "--correction=LED", "--loss=adjusted", "--agent_failure=0.2",
+    ["--opt=WA"], ["--opt=WA", "--epochs=0.25", "--merg_itr=3"],
+    pytest.param(["--opt=COMMON", "--correction=LED", "--loss=adjusted", "--agent_failure=0.2",
                                 "--workers=2"], marks=pytest.mark.long)], ids=" ".join)
 def test_agents_that_train_at_once_come_to_the_same(flags, tmp_path):
     """Of unlike numbers of images. A few steps: later a ReLU whose input is 0 but for rounding may open or close."""
