@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from experiments.parsing import local_epochs
 from reports.drawing import LABELS, accuracy_figure, save_figure
 from reports.partitions import counts_of, partition_figure
 from reports.runs import Curve, accuracy_curve, read_metrics
@@ -42,7 +43,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--agents", type=int, default=5, help="agents on the ring")
     parser.add_argument("--epochs", type=int, default=10, help="epochs each agent trains alone first")
     parser.add_argument("--merges", type=int, default=6, help="merge iterations")
-    parser.add_argument("--local_epochs", type=int, default=2, help="epochs between two merges")
+    parser.add_argument("--local_epochs", type=local_epochs, default=2, help="epochs between two merges")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     print_anywhere()

@@ -17,6 +17,11 @@ from optimizers.corrections import Correction, OfMerge
 
 WALK = "walked."  # before the names of what travels with a model
 
+# What an agent keeps of its y at a merge where not all are in step. Then a neighbour may have merged without its model,
+# or with another of them: what the two add to their y doesn't cancel, and would lead all astray for good. STUDY.md,
+# "Unlike data": 0.7 and 0.9 are alike, 1 is worse.
+KEPT_OUT_OF_STEP = 0.9
+
 
 class DriftCorrection:
     """The y of each agent here, what a merge makes of it, and what travels for that.
@@ -60,8 +65,13 @@ class DriftCorrection:
             if i in kept:
                 kept[i] = self._permuted(kept[i], permutations)
 
-    def update(self, agents: Iterable[int], models: Mapping[int, State], weights: np.ndarray, merged: Merged) -> None:
-        """What the merge of `models` by `weights` (N, N) makes of the y of these agents here."""
+    def update(self, agents: Iterable[int], models: Mapping[int, State], weights: np.ndarray, merged: Merged,
+               in_step: bool = True) -> None:
+        """What the merge of `models` by `weights` (N, N) makes of the y of these agents here.
+
+        in_step: whoever merges another's model is sure to have its own merged by that one, of the same iteration.
+        """
+        keep = 1.0 if in_step else KEPT_OUT_OF_STEP
         mixed_walks: dict[int, State] = {}
         for i in agents:
             basis = merged.basis[i]  # another agent's only where all weights are the same
@@ -71,7 +81,7 @@ class DriftCorrection:
             if self.rule.sends_walk and basis not in mixed_walks:
                 mixed_walks[basis] = self._mixed_walk(basis, weights[i], merged)
             mixed = mixed_walks.get(basis, {})
-            self.y[i] = {name: self.rule.update(y[name], OfMerge(
+            self.y[i] = {name: self.rule.update(keep * y[name], OfMerge(
                 own[name], merged.states[i][name], walked.get(name), mixed.get(name))) for name in self.names}
 
     def begin(self, states: Mapping[int, State]) -> None:

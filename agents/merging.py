@@ -213,6 +213,7 @@ class MergingAgents(Agents):
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
+        wanted = set(np.flatnonzero(takes[merging].any(0)).tolist())
         shared = self.matching_batches(None, iteration) if self.settings.match_data == "all" else None
         divided = self.divides(weights)
         if divided:
@@ -222,11 +223,12 @@ class MergingAgents(Agents):
         merged_with = dict.fromkeys(self.states, "")
         try:
             models = self.exchange(iteration, weights, images, divided)
+            in_step = not self.network.staleness and models.keys() >= wanted and not self.network.old.keys() & models
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = self.merged(merging, models, weights, images, shared)
             if self.correction:
-                self.correction.update(self.drifted(merging, iteration), models, weights, merged)
+                self.correction.update(self.drifted(merging, iteration), models, weights, merged, in_step)
                 self.correction.begin({i: merged.states[i] for i in merging})
             self.states |= {i: merged.states[i] for i in merging}
             served = [merged.basis[i] for i in merging]

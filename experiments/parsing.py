@@ -105,12 +105,14 @@ def local_epochs(text: str) -> int | float:
     """An argparse type: a whole number, or 1 by a whole number (0.5, 0.3333, 0.25, ...), as a decimal of six digits."""
     if re.fullmatch(NUMBERS[int], text, re.ASCII):
         return number(int, 0)(text)
-    value = number(float, 1e-4)(text)
-    parts = max(round(1 / value), 1)
+    value = number(float, 0)(text)
+    if value.is_integer():
+        return number(int, 0)(f"{value:.0f}")
+    parts = max(round(1 / number(float, 1e-4)(text)), 1)
     if abs(value * parts - 1) > 1e-3:
         raise argparse.ArgumentTypeError(f"{text} is neither a whole number of epochs nor a half, a third or another "
                                          f"whole part of one; such as {math.ceil(value) if value > 1 else 1 / parts:g}")
-    return 1 if parts == 1 else float(f"{1 / parts:g}")
+    return 1 if parts == 1 else float(f"{1 / parts:g}")  # 0.9999 is 1
 
 
 local_epochs.kind = float

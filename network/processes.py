@@ -71,6 +71,7 @@ class Network:
     recorded: tuple[int, ...]  # the agents in that run folder
     team: Team | None = None  # the processes of this run, where they may have all of its models
     may_miss = False  # whether an agent may have to do without another's model, or with an old one
+    staleness = 0  # by how many iterations it may be old
 
     def __init__(self) -> None:
         self.old: dict[int, int] = {}  # of which iteration a model is that `share` returned, where not of its own

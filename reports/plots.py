@@ -343,9 +343,13 @@ def iterations_to_target(lines: Sequence[Line], note: Note, target: float) -> li
 
 
 def bytes_per_epoch(run: Run) -> float | None:
-    """Bytes that an agent sends in an iteration, per local epoch of it, on average; None where nothing is trained."""
+    """Bytes that an agent sends in an iteration, per local epoch of it, on average; None where nothing is trained.
+
+    Merges that follow one another at the end (--last_merges) count as one with the epochs before them.
+    """
     so_far = bytes_so_far(run)
     iterations = int(so_far.iterations[-1])
+    iterations = min(iterations, (run.config.get("train_itr") or iterations) + 1)
     if not iterations or not run.local_epochs:
         return None
     return float(so_far.mean[-1]) / iterations / run.local_epochs

@@ -109,7 +109,7 @@ class Run:
         return ("initial", "trained" if is_baseline(self.config) else "merged")
 
     @property
-    def local_epochs(self) -> int:
+    def local_epochs(self) -> float:
         """Epochs of an agent from one point of the curve to the next; 0 for merges without training between."""
         config = self.config
         return config.get("num_epochs") or (config.get("epochs", 0) if config.get("training") else 0)

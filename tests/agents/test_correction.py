@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.correction import DriftCorrection
+from agents.correction import KEPT_OUT_OF_STEP, DriftCorrection
 from merging import merge
 from merging.batch_norm import reestimate
 from merging.permutation import derive_spec, permute, random_permutations
@@ -99,6 +99,18 @@ def test_a_step_takes_its_share(spec):
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, states[0][name] - correction.y[0][name], atol=1e-6)
     assert DriftCorrection(CORRECTIONS["LED"], model, None).step(0, model, 4) is None
+
+
+def test_out_of_step_an_agent_forgets_a_part_of_its_y(spec):
+    states, weights = [resnet(i).state_dict() for i in range(2)], [[0.6, 0.4], [0.4, 0.6]]
+    correction = after_a_merge("LED", spec, states, states, weights, "WA")
+    before = {i: dict(y) for i, y in correction.y.items()}
+    merged = merge(states, weights, method="WA", batches=IMAGES, model=resnet(0), spec=spec, bn_reset="none")
+    correction.update([0, 1], dict(enumerate(states)), np.array(weights), merged, in_step=False)
+    for i, y in correction.y.items():
+        for name, t in y.items():
+            expected = KEPT_OUT_OF_STEP * before[i][name] + states[i][name] - merged[i][name]
+            assert torch.allclose(t, expected, rtol=0, atol=1e-6)
 
 
 def test_who_has_no_step_in_a_part_of_an_epoch_is_corrected_at_once(spec):

@@ -105,7 +105,8 @@ def test_numbers_as_people_write_them(text, value):
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("0", 0), ("2", 2), ("1.0", 1), ("0.5", 0.5), (".25", 0.25), ("0.3333", 0.333333), ("0.333333333", 0.333333)])
+    ("0", 0), ("2", 2), ("1.0", 1), ("2.0", 2), ("0.0", 0), ("0.5", 0.5), (".25", 0.25), ("0.3333", 0.333333),
+    ("0.333333333", 0.333333)])
 def test_local_epochs_are_whole_or_a_whole_part_of_one(text, value):
     epochs = main_options(f"--epochs={text}").epochs
     assert epochs == value and type(epochs) is type(value)

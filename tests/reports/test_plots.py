@@ -433,6 +433,8 @@ def test_iterations_to_a_target_by_the_graph(make):
 def test_bytes_per_epoch(make):
     assert run_plots.bytes_per_epoch(make(epochs=4)) == 500  # 2000 in an iteration of four epochs
     assert run_plots.bytes_per_epoch(make(opt="SGP", num_epochs=5, epochs=10)) == 400
+    twice, last = make(epochs=0.5, iterations=4), make(epochs=0.5, iterations=4, last_merges=3, train_itr=1)
+    assert run_plots.bytes_per_epoch(twice) == 4000 and run_plots.bytes_per_epoch(last) == 8000
     assert run_plots.bytes_per_epoch(make(training=False)) is None
     assert run_plots.bytes_per_epoch(make(iterations=0)) is None
     assert run_plots.bytes_per_epoch(make(opt="NONE")) == 0

@@ -9,7 +9,7 @@ import torch
 
 from network.wire import WIRES, wire_bytes
 from optimizers.corrections import CORRECTIONS
-from tests.helpers import TINY, equal_runs, folder_of, process, rows_of, script
+from tests.helpers import TINY, equal, equal_runs, folder_of, process, rows_of, script
 from tests.scripts.test_main_processes import same_but_for_what_nobody_knows
 
 RUN = [*TINY, "--num_models=4", "--randominit", "--diffinit", "--train_samples=80", "--merg_itr=3", "--training",
@@ -85,6 +85,22 @@ def test_processes_of_all_kinds_give_one_processs_figures(correction, tmp_path):
         printed, _ = running.communicate(timeout=120)
         assert running.returncode == 0, printed
         (equal_runs if kind == "--workers=2" else same_but_for_what_nobody_knows)(one, folder_of(printed, home))
+
+
+@pytest.mark.long
+def test_agents_that_may_be_out_of_step_forget(tmp_path):
+    """What is kept differs from the third merge on; until then the models are those of agents in step."""
+    flags = ["--opt=WA", "--correction=LED"]
+    one = run(tmp_path / "one", *flags)
+    (home := tmp_path / "own").mkdir()
+    running = process("main", *RUN, *graph(flags), *flags, "--processes=4", "--staleness=1", cwd=home)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, printed
+    own = folder_of(printed, home)
+    for i, y in enumerate(corrections(one)):
+        state = torch.load(own / f"agent_{i}/state.pt", weights_only=True)
+        equal(state["states"][0], torch.load(one / "state.pt", weights_only=True)["states"][i])
+        assert not any(torch.equal(t, state["correction"][0][name]) for name, t in y.items() if "conv" in name)
 
 
 @pytest.mark.long
