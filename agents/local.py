@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.batches import Batches
+from data.batches import WHOLE, Batches
 from data.datasets import Dataset, some_images
 from data.images import CACHE
 from data.noise import with_feature_noise
@@ -27,7 +27,6 @@ from utils.seeds import generator
 from utils.settings import FromOptions
 
 EVAL_BATCH = 500
-WHOLE = (0, 1)  # the part of an epoch that is all of it, see `Batches`
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from data.datasets import Dataset, ImageSet
 from data.images import will_read
 from utils.memory import memory_format, usable_memory
 
+WHOLE = (0, 1)  # the part of a pass that is all of it
+
 
 class Batches:
     """Batches (x, y) of some images, on the device of their labels: x float32 (B, C, H, W), normalised by the data
@@ -38,7 +40,7 @@ class Batches:
         shuffle: bool = False,
         augment: bool = False,
         make_generator: Callable[[], torch.Generator] | None = None,
-        part: tuple[int, int] = (0, 1),
+        part: tuple[int, int] = WHOLE,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: it must be at least 1")
