@@ -16,6 +16,7 @@ from agents.alignment import Alignment
 from agents.correction import DriftCorrection
 from agents.local import LocalTrainer
 from agents.run import Agents
+from agents.tail import TailAverage
 from data.batches import Batches
 from merging import METHODS, Merged, Method, all_outgoing, merge
 from merging.activation_matching import Matching
@@ -56,6 +57,8 @@ class MergeSettings(FromOptions):
     max_distance: float
     wire: str
     correction: str
+    train_itr: int | None
+    average_last: float
     link_failure: float
     agent_failure: float
     seed: int
@@ -153,10 +156,19 @@ class MergingAgents(Agents):
         rule = CORRECTIONS.get(self.settings.correction)
         return rule and DriftCorrection(rule, self.trainer.model, self.spec)
 
+    @cached_property
+    def tail(self) -> TailAverage | None:
+        """The mean of an agent's last models, with which the merges in a row begin; None: its last model."""
+        s = self.settings
+        if not s.average_last:
+            return None
+        last = s.train_itr + 1  # the first of the merges in a row is of models that have been trained
+        return TailAverage(last + 1 - max(round(s.average_last * last), 1), last, self.spec)
+
     def reordered(self, agent: int, permutations: Permutations) -> None:
         """The units of an agent's model have another order from now on."""
-        if self.correction:
-            self.correction.reorder(agent, permutations)
+        for kept in filter(None, (self.correction, self.tail)):
+            kept.reorder(agent, permutations)
 
     @property
     def like_sent(self) -> State:
@@ -210,6 +222,8 @@ class MergingAgents(Agents):
         """
         if self.method is None:
             return self.stay_alone(iteration)
+        for i, state in self.tail.take(iteration).items() if self.tail else ():
+            self.states[i], self.model_of[i] = state, i
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
@@ -230,6 +244,9 @@ class MergingAgents(Agents):
             if self.correction:
                 self.correction.update(self.drifted(merging, iteration), models, weights, merged, in_step)
                 self.correction.begin({i: merged.states[i] for i in merging})
+            for i in merging if self.tail else ():
+                if order := merged.permutations.get((merged.basis[i], i)):
+                    self.tail.reorder(i, order)
             self.states |= {i: merged.states[i] for i in merging}
             served = [merged.basis[i] for i in merging]
             self.model_of |= {i: i if served.count(b) == 1 else SHARED for i, b in zip(merging, served, strict=True)}
@@ -242,6 +259,8 @@ class MergingAgents(Agents):
                 raise ValueError(f"iteration {iteration}: {error}") from error
             say(f"warning: agent {self.network.agents[0]}, iteration {iteration}: {error}: it goes on without this "
                 "merge")
+        if self.tail:
+            self.tail.add(iteration, self.states)
         rows = (self.alignment.take_matched() if self.alignment else []) + matched
         return {i: {"merged_with": merged_with[i], "matched": [row for row in rows if row["agent"] == i]}
                 for i in self.states}
@@ -369,7 +388,8 @@ class MergingAgents(Agents):
         return {i: {"state": state, "model": self.model_of[i], "evaluation": evaluations[i],
                     "samples": self.samples[i], "steps": self.steps[i], "took_part": int(i in up),
                     "saved": {"agents": i, "orders": orders.get(i, -1)} | (
-                        self.correction.saved(i) if self.correction else {})}
+                        self.correction.saved(i) if self.correction else {}) | (
+                        self.tail.saved(i) if self.tail else {})}
                 for i, state in self.states.items()}
 
     def take_up(self, shares: Mapping[int, Mapping[str, Any] | None]) -> None:
@@ -381,6 +401,8 @@ class MergingAgents(Agents):
                 self.samples[i], self.steps[i] = share["samples"], share["steps"]
                 if self.correction:
                     self.correction.take_up(i, share, self.states[i])
+                if self.tail:
+                    self.tail.take_up(i, share, self.states[i])
                 if self.alignment and share.get("orders", -1) >= 0:
                     self.alignment.orders[i] = share["orders"]
 

@@ -49,7 +49,8 @@ PHASES = ("initial", "merged", "trained")  # in the order in which an iteration 
 MERGE_STATS = ("iteration", "agent", "neighbour", "group", "units", "correlation", "moved")
 STATE = {"iteration": int, "phase": str, "metrics_bytes": int, "samples": [int], "steps": [int],
          "states": [{str: Tensor}], "agents?": [int], "orders?": [int], "memory?": [{str: Tensor}],
-         "correction?": [{str: Tensor}], "since?": [{str: Tensor}]}
+         "correction?": [{str: Tensor}], "since?": [{str: Tensor}],
+         "tail?": [{str: Tensor}], "tail_count?": [int]}
 
 
 def run_folder(o: Settings, matter: dict[str, Any], script: str = MAIN) -> Path:
@@ -98,7 +99,8 @@ def read_state(file: Path) -> dict[str, Any]:
     """A run's state. Raises ValueError, naming the file, for anything else."""
     state = load_state(file, STATE)
     lists = {key: value for key, value in state.items() if isinstance(value, list)}
-    counts = [state["iteration"], state["metrics_bytes"], *state["samples"], *state["steps"], *state.get("agents", ())]
+    counts = [state["iteration"], state["metrics_bytes"], *state["samples"], *state["steps"],
+              *state.get("agents", ()), *state.get("tail_count", ())]
     if state["phase"] not in PHASES or min(counts) < 0 or len(set(map(len, lists.values()))) > 1:
         raise ValueError(f"{file} is not a state of this program: its phase, counts or numbers of agents are wrong")
     return state

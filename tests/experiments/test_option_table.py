@@ -98,7 +98,8 @@ def test_the_papers_values_are_frozen():
         ("pretrain_loss", None),
         ("wire", "fp32"), ("link_failure", 0.0), ("agent_failure", 0.0), ("exchanged_by", None), ("staleness", 0),
         ("match_prior", "none"), ("align", "in_turn"), ("align_every", 0), ("root", None), ("robust", "none"),
-        ("max_distance", 10.0), ("correction", "none"), ("train_itr", None)]
+        ("max_distance", 10.0), ("correction", "none"), ("train_itr", None),
+        ("average_last", 0.0)]
     of_steps = {"lr": 0.01, "momentum": 0.9, "lr_decay": 0.981, "local_steps": 1, "mix_buffers": True,
                 "cga_form": "paper", "cga_scope": "model", "eval_bn": "running", "bn_samples": 0}
     assert usual(BASE) == {key: usual(MAIN)[key] for key in usual(BASE).keys() & usual(MAIN).keys()} | of_steps
@@ -112,9 +113,9 @@ def test_the_papers_values_are_frozen():
     (["--opt=WA", "--training", "--bn_reset=none"], {"match_at", "match_prior", "align", "align_every", "root",
                                                      "match_data", "match_samples", "match_augment", "adjust_tau"}),
     (["--opt=NONE", "--training"], {"match_at", "match_prior", "align", "align_every", "root", "match_data", "wire",
-                                    "link_failure", "robust", "correction", "adjust_tau"}),
+                                    "link_failure", "robust", "correction", "average_last", "adjust_tau"}),
     (["--opt=COMMON"], {"epochs", "optim", "lr", "momentum", "weight_decay", "amp", "loss", "adjust_tau",
-                      "correction", "train_itr"}),
+                      "correction", "train_itr", "average_last"}),
 ])
 def test_options_without_a_say(flags, idle):
     o = given(MAIN, *flags) | {"data_dist": "iid"}
