@@ -17,7 +17,7 @@ from agents.correction import DriftCorrection
 from agents.local import LocalTrainer
 from agents.run import Agents
 from agents.tail import TailAverage
-from data.batches import Batches
+from data.batches import WHOLE, Batches
 from merging import METHODS, Merged, Method, all_outgoing, merge
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
@@ -42,6 +42,7 @@ class MergeSettings(FromOptions):
     """What agents do in an iteration, and `of_method`: the options that a merge method may have, by its names."""
 
     opt: str
+    training: bool
     epochs: float
     train_at_once: int
     batch_size: int
@@ -410,9 +411,17 @@ class MergingAgents(Agents):
         return self.network.catch_up(iteration, self.weights)
 
     def notes(self) -> list[str]:
+        s, made = self.settings, super().notes()
+        parts = s.part(1)[1] if s.training else 1
+        steps = {i: len(self.trainer.batches(part, (i, 1, ""), WHOLE)) for i, part in enumerate(self.train_parts)
+                 if len(part)}  # other processes' agents may have none here
+        if few := [f"{i} ({count})" for i, count in steps.items() if count < parts]:
+            more = f" and {len(few) - 5} more" if few[5:] else ""
+            made.append(f"agents that have fewer steps in a local epoch than the {parts} parts of --epochs {s.epochs:g} "
+                        f"train in some iterations only: {', '.join(few[:5])}{more}; a smaller --batch_size has more")
         if not (self.spec and self.spec.stuck):
-            return super().notes()
+            return made
         name, reason = next(iter(self.spec.stuck.items()))
-        return [*super().notes(),
+        return [*made,
                 f"{self.settings.opt} averages the units of {len(self.spec.stuck)} layers as they are, because they "
                 f"can't be permuted: {name} ({reason}){', ...' if len(self.spec.stuck) > 1 else ''}"]

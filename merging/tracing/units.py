@@ -11,6 +11,7 @@ and the rank of an entry among those that move with it (a channel that was flatt
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Units:
         self.ties: list[tuple[Labels, Labels]] = [(np.zeros(0, np.int64),) * 2]
         self.nests: list[tuple[Labels, Labels]] = [(np.zeros(0, np.int64),) * 2]
         self.fixes: list[tuple[Labels, str]] = []
+        self.moves: dict[tuple[Shape, bytes], Labels | str] = {}
 
     def new(self, shape: Shape, tensor: str = "", dims: tuple[int, ...] = (), blocks: int = 0) -> Labels:
         """Fresh units."""
@@ -216,8 +218,10 @@ class Units:
                 continue
             entry = np.where(here, origin - bounds[o], 0)
             for labels in layout:
-                moved = self._moved_factor(labels, shape, entry, here, where)
-                if moved is not None:
+                moved = self._moved_factor(labels, shape, entry, here)
+                if isinstance(moved, str):
+                    self.fix((labels,), f"{moved} in {where}")
+                else:
                     found.setdefault(varied(moved), []).append((o, moved))
         result = []
         for dims, parts in found.items():
@@ -279,49 +283,59 @@ class Units:
                      f"beside entries that hold no units in {where}")
         return labels
 
-    def _moved_factor(self, labels: Labels, shape: Shape, entry: np.ndarray, here: np.ndarray,
-                      where: str) -> Labels | None:
-        """One label array behind the move; MISSING where the result's entries come from elsewhere."""
-        coordinates = np.unravel_index(entry, shape)
-        own = varied(labels)
-        index = tuple(c if d in own else 0 for d, c in enumerate(coordinates))
-        unit, rank = np.divmod(labels[index], RANKS)
-        place = np.zeros_like(entry)  # the entry's place in the dimensions without units
-        for d, c in enumerate(coordinates):
-            if d not in own:
-                place = place * shape[d] + c
-        unit, rank, place = (np.where(here, array, MISSING) for array in (unit, rank, place))
-        # Dimensions along which nothing of the labels varies hold no units.
-        for d in range(entry.ndim):
-            top = unit.max(d, keepdims=True)
-            if not ((unit == top) | (unit == MISSING)).all():
-                continue
-            lowest = np.where(rank == MISSING, RANKS, rank).min(d, keepdims=True)
-            step = np.where(rank == MISSING, MISSING, rank - lowest)
-            others = tuple(e for e in range(entry.ndim) if e != d)
-            if not ((step == step.max(others, keepdims=True)) | (step == MISSING)).all():
-                continue  # other ranks in other units
-            unit, rank = top, np.where(top == MISSING, MISSING, lowest)
-        dims = frozenset(d for d in range(entry.ndim) if unit.shape[d] > 1)
-        # Within them, what was position becomes rank: the same step for all positions that are left, or the units are
-        # sheared against each other.
-        outside = tuple(d for d in range(entry.ndim) if d not in dims)
-        inside = tuple(d for d in range(entry.ndim) if d in dims)
-        big = np.iinfo(np.int64).max
-        a = np.where(place == MISSING, big, place).min(outside, keepdims=True)
-        rest = np.where(place == MISSING, MISSING, place - a)
-        if inside and not ((rest == rest.max(inside, keepdims=True)) | (rest == MISSING)).all():
-            self.fix((labels,), f"positions that differ from unit to unit in {where}")
-            return None
-        real = unit != MISSING
-        steps, code = np.unique(a[real], return_inverse=True)
-        codes = rank[real] * len(steps) + code.reshape(-1)
-        if codes.max(initial=0) >= RANKS // len(steps):
-            self.fix((labels,), f"more entries per unit than can be told apart in {where}")
-            return None
-        result = np.full(unit.shape, MISSING, np.int64)
-        result[real] = unit[real] * RANKS + codes
-        return result
+    def _moved_factor(self, labels: Labels, shape: Shape, entry: np.ndarray, here: np.ndarray) -> Labels | str:
+        """See the function; worked out once for layers that are alike, whose units are as many further on."""
+        first = labels.min() // RANKS * RANKS
+        digest = hashlib.blake2b()
+        for array in (labels - first, entry, here):
+            digest.update(repr(array.shape).encode() + array.tobytes())
+        key = shape, digest.digest()
+        if key not in self.moves:
+            self.moves[key] = _moved_factor(labels - first, shape, entry, here)
+        moved = self.moves[key]
+        return moved if isinstance(moved, str) else np.where(moved == MISSING, MISSING, moved + first)
+
+
+def _moved_factor(labels: Labels, shape: Shape, entry: np.ndarray, here: np.ndarray) -> Labels | str:
+    """One label array behind a move, MISSING where the result's entries come from elsewhere; or why there is none."""
+    coordinates = np.unravel_index(entry, shape)
+    own = varied(labels)
+    index = tuple(c if d in own else 0 for d, c in enumerate(coordinates))
+    unit, rank = np.divmod(labels[index], RANKS)
+    place = np.zeros_like(entry)  # the entry's place in the dimensions without units
+    for d, c in enumerate(coordinates):
+        if d not in own:
+            place = place * shape[d] + c
+    unit, rank, place = (np.where(here, array, MISSING) for array in (unit, rank, place))
+    # Dimensions along which nothing of the labels varies hold no units.
+    for d in range(entry.ndim):
+        top = unit.max(d, keepdims=True)
+        if not ((unit == top) | (unit == MISSING)).all():
+            continue
+        lowest = np.where(rank == MISSING, RANKS, rank).min(d, keepdims=True)
+        step = np.where(rank == MISSING, MISSING, rank - lowest)
+        others = tuple(e for e in range(entry.ndim) if e != d)
+        if not ((step == step.max(others, keepdims=True)) | (step == MISSING)).all():
+            continue  # other ranks in other units
+        unit, rank = top, np.where(top == MISSING, MISSING, lowest)
+    dims = frozenset(d for d in range(entry.ndim) if unit.shape[d] > 1)
+    # Within them, what was position becomes rank: the same step for all positions that are left, or the units are
+    # sheared against each other.
+    outside = tuple(d for d in range(entry.ndim) if d not in dims)
+    inside = tuple(d for d in range(entry.ndim) if d in dims)
+    big = np.iinfo(np.int64).max
+    a = np.where(place == MISSING, big, place).min(outside, keepdims=True)
+    rest = np.where(place == MISSING, MISSING, place - a)
+    if inside and not ((rest == rest.max(inside, keepdims=True)) | (rest == MISSING)).all():
+        return "positions that differ from unit to unit"
+    real = unit != MISSING
+    steps, code = np.unique(a[real], return_inverse=True)
+    codes = rank[real] * len(steps) + code.reshape(-1)
+    if codes.max(initial=0) >= RANKS // len(steps):
+        return "more entries per unit than can be told apart"
+    result = np.full(unit.shape, MISSING, np.int64)
+    result[real] = unit[real] * RANKS + codes
+    return result
 
 
 def _tell_apart(labels: Labels) -> Labels:
