@@ -2,6 +2,7 @@
 
 import numpy as np
 
+import merging.tracing.units as traced_units
 from merging.tracing.bundles import groups
 from merging.tracing.units import Units
 
@@ -50,3 +51,20 @@ def test_the_order_in_which_things_became_known_does_not_matter():
     units.tie(a, b)
     units.tie(a[1:], c[1:])
     assert found(units) == {"a": [0, 1]}
+
+
+def test_a_move_of_layers_that_are_alike_is_worked_out_once(monkeypatch):
+    """Of later units what the first have, as many further on; other places, shapes or ranks are another move."""
+    worked_out, moved_factor = [], traced_units._moved_factor
+    monkeypatch.setattr(traced_units, "_moved_factor", lambda *args: worked_out.append(1) or moved_factor(*args))
+    units = Units()
+    first, *others = [units.new((4, 3)) for _ in range(3)]
+    folded, = units.move(lambda tensors: [tensors[0].reshape(12).flip(0)], [((first,), (4, 3))], "a flip")
+    assert len(worked_out) == 1 and np.array_equal(folded[0], first.ravel()[::-1])
+    for labels in others:
+        again, = units.move(lambda tensors: [tensors[0].reshape(12).flip(0)], [((labels,), (4, 3))], "a flip")
+        assert len(worked_out) == 1 and np.array_equal(again[0], labels.ravel()[::-1])
+    turned, = units.move(lambda tensors: [tensors[0].reshape(12)], [((first,), (4, 3))], "a view")
+    assert len(worked_out) == 2 and np.array_equal(turned[0], first.ravel())
+    units.move(lambda tensors: [tensors[0].reshape(12)], [((first[::-1],), (4, 3))], "a view")
+    assert len(worked_out) == 3
