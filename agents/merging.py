@@ -417,7 +417,7 @@ class MergingAgents(Agents):
                  if len(part)}  # other processes' agents may have none here
         if few := [f"{i} ({count})" for i, count in steps.items() if count < parts]:
             more = f" and {len(few) - 5} more" if few[5:] else ""
-            made.append(f"agents that have fewer steps in a local epoch than the {parts} parts of --epochs {s.epochs:g} "
+            made.append(f"agents with fewer steps in a local epoch than it has parts, {parts} (--epochs {s.epochs:g}), "
                         f"train in some iterations only: {', '.join(few[:5])}{more}; a smaller --batch_size has more")
         if not (self.spec and self.spec.stuck):
             return made
