@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from agents.correction import DriftCorrection
 from agents.local import LocalTrainer
 from agents.run import Agents
 from agents.tail import TailAverage
-from data.batches import WHOLE, Batches
+from data.batches import Batches
 from merging import METHODS, Merged, Method, all_outgoing, merge
 from merging.activation_matching import Matching
 from merging.averaging import State, least_distance
@@ -42,7 +42,6 @@ class MergeSettings(FromOptions):
     """What agents do in an iteration, and `of_method`: the options that a merge method may have, by its names."""
 
     opt: str
-    training: bool
     epochs: float
     train_at_once: int
     batch_size: int
@@ -159,11 +158,11 @@ class MergingAgents(Agents):
 
     @cached_property
     def tail(self) -> TailAverage | None:
-        """The mean of an agent's last models, with which the merges in a row begin; None: its last model."""
+        """What the merges that no training follows are of, but the first of them; None: of what that one made."""
         s = self.settings
         if not s.average_last:
             return None
-        last = s.train_itr + 1  # the first of the merges in a row is of models that have been trained
+        last = s.train_itr + 1
         return TailAverage(last + 1 - max(round(s.average_last * last), 1), last, self.spec)
 
     def reordered(self, agent: int, permutations: Permutations) -> None:
@@ -223,8 +222,7 @@ class MergingAgents(Agents):
         """
         if self.method is None:
             return self.stay_alone(iteration)
-        for i, state in self.tail.take(iteration).items() if self.tail else ():
-            self.states[i], self.model_of[i] = state, i
+        back = self.go_back(iteration)
         weights = self.weights(iteration)
         takes = taken(weights)
         merging = [i for i in self.states if (takes[i] | takes[:, i]).any()]
@@ -248,6 +246,8 @@ class MergingAgents(Agents):
             for i in merging if self.tail else ():
                 if order := merged.permutations.get((merged.basis[i], i)):
                     self.tail.reorder(i, order)
+                self.tail.add(iteration, i, merged.states[i])
+            back -= set(merging)
             self.states |= {i: merged.states[i] for i in merging}
             served = [merged.basis[i] for i in merging]
             self.model_of |= {i: i if served.count(b) == 1 else SHARED for i, b in zip(merging, served, strict=True)}
@@ -260,8 +260,7 @@ class MergingAgents(Agents):
                 raise ValueError(f"iteration {iteration}: {error}") from error
             say(f"warning: agent {self.network.agents[0]}, iteration {iteration}: {error}: it goes on without this "
                 "merge")
-        if self.tail:
-            self.tail.add(iteration, self.states)
+        self.reestimate(back, iteration)
         rows = (self.alignment.take_matched() if self.alignment else []) + matched
         return {i: {"merged_with": merged_with[i], "matched": [row for row in rows if row["agent"] == i]}
                 for i in self.states}
@@ -286,10 +285,23 @@ class MergingAgents(Agents):
 
     def stay_alone(self, iteration: int) -> dict[int, dict[str, Any]]:
         """What re-estimating BatchNorm gives to models that are merged, those of agents alone get from their images."""
-        alone = self.up(iteration) if self.settings.bn_reset != "none" else ()
-        self.states |= reestimate_all(self.trainer.model, {i: self.states[i] for i in alone},
-                                      {i: self.matching_batches(i, iteration) for i in alone})
+        self.reestimate(self.up(iteration), iteration)
         return {i: {"merged_with": "", "matched": []} for i in self.states}
+
+    def reestimate(self, agents: Collection[int], iteration: int) -> None:
+        """The statistics of BatchNorm, on each agent's own images."""
+        if self.settings.bn_reset != "none":
+            self.states |= reestimate_all(self.trainer.model, {i: self.states[i] for i in agents},
+                                          {i: self.matching_batches(i, iteration) for i in agents})
+
+    def go_back(self, iteration: int) -> set[int]:
+        """The agents here that take the mean of their last models now. Its statistics are of none of these."""
+        means = self.tail.take(iteration, self.up(iteration)) if self.tail else {}
+        for i, state in means.items():
+            self.states[i], self.model_of[i] = state, i
+        if self.correction:
+            self.correction.begin(means)
+        return set(means)
 
     def exchange(self, iteration: int, weights: np.ndarray, images: Mapping[int, Batches],
                  with_team: bool) -> dict[int, State]:
@@ -411,14 +423,9 @@ class MergingAgents(Agents):
         return self.network.catch_up(iteration, self.weights)
 
     def notes(self) -> list[str]:
-        s, made = self.settings, super().notes()
-        parts = s.part(1)[1] if s.training else 1
-        steps = {i: len(self.trainer.batches(part, (i, 1, ""), WHOLE)) for i, part in enumerate(self.train_parts)
-                 if len(part)}  # other processes' agents may have none here
-        if few := [f"{i} ({count})" for i, count in steps.items() if count < parts]:
-            more = f" and {len(few) - 5} more" if few[5:] else ""
-            made.append(f"agents with fewer steps in a local epoch than it has parts, {parts} (--epochs {s.epochs:g}), "
-                        f"train in some iterations only: {', '.join(few[:5])}{more}; a smaller --batch_size has more")
+        made = super().notes()
+        if self.tail and self.tail.first == self.tail.last:
+            made.append(f"--average_last {self.settings.average_last:g} of so few merges is one, whose mean is itself")
         if not (self.spec and self.spec.stuck):
             return made
         name, reason = next(iter(self.spec.stuck.items()))

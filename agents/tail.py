@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from experiments.checkpoints import State
@@ -25,18 +25,15 @@ class TailAverage:
         self.means: dict[int, State] = {}
         self.counts: dict[int, int] = {}
 
-    def add(self, iteration: int, merged: Mapping[int, State]) -> None:
-        """What agents here have merged in an iteration; outside of first to last it doesn't count."""
-        for i, state in merged.items() if self.first <= iteration <= self.last else ():
+    def add(self, iteration: int, i: int, merged: State) -> None:
+        """What agent i has merged in an iteration; outside of first to last it doesn't count."""
+        if self.first <= iteration <= self.last:
             k = self.counts[i] = self.counts.get(i, 0) + 1
-            self.means[i] = weighted_average([state, self.means.get(i, state)], [1 / k, 1 - 1 / k])
+            self.means[i] = weighted_average([merged, self.means.get(i, merged)], [1 / k, 1 - 1 / k])
 
-    def take(self, iteration: int) -> dict[int, State]:
-        """The means, once, after `last`; else nothing."""
-        if iteration <= self.last:
-            return {}
-        means, self.means, self.counts = self.means, {}, {}
-        return means
+    def take(self, iteration: int, agents: Collection[int]) -> dict[int, State]:
+        """The means of those of these agents that have one: after `last`, and once."""
+        return {i: self.means.pop(i) for i in agents if i in self.means} if iteration > self.last else {}
 
     def reorder(self, i: int, permutations: Permutations) -> None:
         """The units of agent i's model have another order from now on."""
@@ -53,4 +50,6 @@ class TailAverage:
         if state := saved.get("tail"):
             check_state(state, model, f"agent {i}'s tail average in the run's state.pt")
             self.means[i] = {name: t.to(model[name].device) for name, t in state.items()}
-            self.counts[i] = saved["tail_count"]
+            self.counts[i] = saved.get("tail_count", 0)
+            if not self.counts[i]:
+                raise ValueError(f"agent {i}'s tail average in the run's state.pt is of no model (tail_count)")

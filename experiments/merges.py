@@ -53,9 +53,10 @@ def settle_length(o: Command) -> None:
         raise ValueError(f"--last_merges {last}: there is no training anyway: leave it out, or add --training")
     if last > 1 and last >= merges:
         raise ValueError(f"--last_merges {last} leaves no training between the merges of --merg_itr {merges}")
-    if o["average_last"] and last < 2:
-        raise ValueError(f"--average_last {o['average_last']:g}: at least one merge has to follow the average: add "
-                         "--last_merges=2 or more, with --training")
+    if o["average_last"] and (last < 2 or o["opt"] == ALONE):
+        what = ("a merge has to follow the average: add --last_merges=2 or more, with --training" if o["opt"] != ALONE
+                else f"it is about merges, which --opt={ALONE} has none of")
+        raise ValueError(f"--average_last {o['average_last']:g}: {what}; or leave it out (0)")
     o["train_itr"] = merges - last if last > 1 else None
 
 

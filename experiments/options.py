@@ -351,10 +351,10 @@ OPTIONS = (
            "(local gradient tracking): the same by how agents differ in what they have walked, which is sent, too",
            OneOf(corrections), "none", (MAIN,), usual="none", matters=lambda o: merges(o) and trains(o)),
     Option("train_itr", "algorithm", usual=None, scripts=(MAIN,), matters=trains, derived=True),
-    Option("average_last", "algorithm", "before the last merges (--last_merges, 2 or more) each agent goes back to the "
-           "mean of the models it had after the merges before, the last such share of them: models that swing from "
-           "merge to merge have a better mean; 0.2 is a fifth", SHARE, 0.0, (MAIN,), metavar="F", usual=0.0,
-           matters=lambda o: merges(o) and trains(o), rare=True),
+    Option("average_last", "algorithm", "with --last_merges of 2 or more: once the first of these is done, each agent "
+           "goes back to the mean of its models after the last such share of the merges so far (0.2: a fifth), and the "
+           "others are of these means; models that swing from merge to merge have a better one", SHARE, 0.0, (MAIN,),
+           metavar="F", usual=0.0, matters=lambda o: merges(o) and trains(o), rare=True),
 
     Option("opt", "algorithm", {
         MAIN: "DIMAT: activation matching, in every merge anew; COMMON: agents align themselves to one another once, "

@@ -467,9 +467,7 @@ def test_the_parts_of_an_epoch_make_up_the_epoch(tmp_path):
     states, samples = [], []
     for epochs, merges in (("1", 2), ("0.5", 3), ("0.3333", 4)):
         (home := tmp_path / epochs).mkdir()
-        result = script("main", *flags, f"--epochs={epochs}", f"--merg_itr={merges}", cwd=home)
-        assert ("train in some iterations only: 2 (1)" in result.stdout) == (epochs != "1")
-        folder = folder_of(result, home)
+        folder = folder_of(script("main", *flags, f"--epochs={epochs}", f"--merg_itr={merges}", cwd=home), home)
         states.append(torch.load(folder / "state.pt", weights_only=True)["states"])
         samples.append({(row["agent"], row["samples"]) for row in rows_of(folder) if row["iteration"] == str(merges)})
     assert folder.parent.parent.name == "epochs_0.333333" and read_run(folder).local_epochs == pytest.approx(1 / 3)
