@@ -75,7 +75,7 @@ class DriftCorrection:
         mixed_walks: dict[int, State] = {}
         for i in agents:
             basis = merged.basis[i]  # another agent's only where all weights are the same
-            order = merged.permutations.get((basis, i))
+            order = merged.moved(i)
             own, y, walked = (self._permuted(kept, order) for kept in (
                 models[i], self.y.get(i) or self._nothing(models[i]), self.walked.get(i, {})))
             if self.rule.sends_walk and basis not in mixed_walks:

@@ -244,7 +244,7 @@ class MergingAgents(Agents):
                 self.correction.update(self.drifted(merging, iteration), models, weights, merged, in_step)
                 self.correction.begin({i: merged.states[i] for i in merging})
             for i in merging if self.tail else ():
-                if order := merged.permutations.get((merged.basis[i], i)):
+                if order := merged.moved(i):
                     self.tail.reorder(i, order)
                 self.tail.add(iteration, i, merged.states[i])
             back -= set(merging)

@@ -68,6 +68,10 @@ class Merged(Sequence):
     def __len__(self) -> int:
         return len(self.states)
 
+    def moved(self, agent: int) -> Permutations | None:
+        """What took the agent's own units to the order that its merged model has; None: they stayed where they were."""
+        return self.permutations.get((self.basis[agent], agent))
+
 
 def outgoing(model: nn.Module, state: State, batches: Batches | None, bn_reset: str, compared: bool) -> State:
     """What an agent lends its neighbours for a merge: its model, where `bn_reset` asks for that and its activations are

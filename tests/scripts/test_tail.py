@@ -165,8 +165,6 @@ def test_an_average_of_another_model_is_refused():
     other = build_model("resnet20", 7, in_channels=1, image_size=8, width_multiplier=1, seed=0).state_dict()
     with pytest.raises(ValueError, match=r"agent 3's tail average in the run's state.pt: .* has shape"):
         tail.take_up(3, {"tail": other, "tail_count": 1}, resnet(0).state_dict())
-
-
     with pytest.raises(ValueError, match=r"agent 3's tail average .* is of no model"):
         tail.take_up(3, {"tail": resnet(0).state_dict()}, resnet(0).state_dict())
 
