@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from merging.tracing.bundles import groups
 from merging.tracing.rules import RULES
-from merging.tracing.running import converted, is_mixed, own_copy, run, unwrapped
+from merging.tracing.running import DoesNotRun, converted, is_mixed, own_copy, run, unwrapped
 from merging.tracing.spec import Member, PermutationSpec, Read
 from merging.tracing.trace import Source, Trace
 from merging.tracing.units import MISSING, RANKS, Labels, Layout, Units, varied
@@ -54,7 +55,8 @@ def derive_spec(model: nn.Module, example: Example, kwargs: Mapping[str, Any] | 
 def _derive(original: nn.Module, example: Arguments, check: bool) -> PermutationSpec:
     inputs = samples(original, example)
     model = own_copy(original)
-    shared = units, names, state, _ = Units(), _names(model), {}, {}
+    own = [*model.named_parameters(), *model.named_buffers()]  # held: it may replace them, and no id is to come twice
+    shared = units, names, state, _ = Units(), _names(own, model.state_dict(keep_vars=True)), {}, {}
     trace = _watch(model, inputs, *shared)
     failure = None
     if any(_matters(name) for name in set(names.values()) - state.keys()):  # auxiliary heads work in training only
@@ -78,7 +80,7 @@ def _derive(original: nn.Module, example: Arguments, check: bool) -> Permutation
     spec.fixed.update(dict.fromkeys(unused, "the forward pass does not use it"))
     if check and spec.sizes:
         model.eval()
-        _check_reads(model, spec, trace, samples(model, example, 3))
+        _check_reads(model, spec, trace, example)
         verify(original, spec, example)
     return spec
 
@@ -91,14 +93,24 @@ def _unused(everything: Mapping[str, Tensor], names: Mapping[int, str], state: M
 
 
 @torch.no_grad()
-def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: Arguments) -> None:
+def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, example: Arguments) -> None:
     """Reads are found by counting calls, which must not depend on the size of the batch."""
-    count = Watch()
-    run(model, *inputs.args, keywords=inputs.kwargs, within=count, what="inputs")
-    for function in {read.function for reads in spec.reads.values() for read in reads}:
-        if count.calls[function] != trace.calls[function]:
-            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
-                                       f"samples and {count.calls[function]} times for three, one after the other")
+    functions = {read.function for reads in spec.reads.values() for read in reads}
+
+    def calls(number: int) -> dict[str, int]:
+        inputs, count = samples(model, example, number), Watch()
+        run(model, *inputs.args, keywords=inputs.kwargs, within=count, what="inputs")
+        return {function: count.calls[function] for function in functions}
+
+    two = {function: trace.calls[function] for function in functions}
+    with suppress(DoesNotRun):  # one sample is a third of the work, but some networks treat it in another way
+        if calls(1) == two:
+            return
+    three = calls(3)
+    for function in functions:
+        if three[function] != two[function]:
+            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {two[function]} times for two "
+                                       f"samples and {three[function]} times for three, one after the other")
 
 
 def _matters(name: str) -> bool:
@@ -111,16 +123,15 @@ def _may_hold_units(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    """id -> name of every tensor of the model; the first of several names.
+def _names(tensors: Sequence[tuple[str, Tensor]], exchanged: Container[str]) -> dict[int, str]:
+    """id -> name of every tensor of a model; the first of several names.
 
     Not of a buffer that no state dict holds, as agents don't exchange it: its entries stay where they are. One whose
     entries are all the same has no order, though (an attention's zeros in place of a bias).
     """
     names: dict[int, str] = {}
-    own = model.state_dict(keep_vars=True)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in own or not tensor.numel() or bool((tensor == tensor.flatten()[0]).all()):
+    for name, tensor in tensors:
+        if name in exchanged or not tensor.numel() or bool((tensor == tensor.flatten()[0]).all()):
             names.setdefault(id(tensor), name)
     return names
 

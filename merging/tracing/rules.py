@@ -7,7 +7,8 @@ a case. Adding a function is adding a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,65 @@ def _flatten(trace: Trace, call: Call, input: Tensor, start_dim: int = 0, end_di
     return _move(trace, call, within=range(start_dim % input.ndim, end_dim % input.ndim + 1))
 
 
+@rule("unbind")
+def _unbind(trace: Trace, call: Call, input: Tensor, dim: int = 0) -> list[Layout]:
+    return _move(trace, call, within=[dim])
+
+
+@rule("view reshape")
+def _reshape(trace: Trace, call: Call, input: Tensor, *shape: Any, **other: Any) -> list[Layout]:
+    if any(isinstance(one, torch.dtype) for one in (*shape, *other.values())):
+        raise NoRule
+    after = tuple(call.results[0].shape)
+    kept = _kept_by_reshape(tuple(input.shape), after)
+    back = {new: old for old, new in kept.items()}
+    return _beside(trace, call, input, kept, lambda x: x.reshape([x.shape[back[d]] if d in back else n
+                                                                  for d, n in enumerate(after)]))
+
+
+def _kept_by_reshape(before: Shape, after: Shape) -> dict[int, int]:
+    """The dimensions that it leaves as they are -> their places: as many entries before them and as many in them."""
+    def spans(shape: Shape) -> dict[tuple[int, int], int]:
+        return {(math.prod(shape[:d]), n): d for d, n in enumerate(shape) if n > 1}
+
+    theirs = spans(after)
+    return {d: theirs[span] for span, d in spans(before).items() if span in theirs}
+
+
+@rule("roll")
+def _roll(trace: Trace, call: Call, input: Tensor, shifts: Any, dims: Any = None) -> list[Layout]:
+    return _beside(trace, call, input, _kept_but(_dims(dims, input.ndim), input),
+                   lambda x: torch.roll(x, shifts, dims))
+
+
+@rule("getitem")
+def _getitem(trace: Trace, call: Call, input: Tensor, index: Any) -> list[Layout]:
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is ... or type(part) in (int, slice) for part in parts):
+        return _move(trace, call)
+    kept, old, new = {}, 0, 0
+    rest = input.ndim - sum(part is not None and part is not ... for part in parts)  # of an ellipsis, or at the end
+    for part in parts if ... in parts else (*parts, ...):
+        if part is ... or part == slice(None):
+            for _ in range(rest if part is ... else 1):
+                kept[old] = new
+                old, new = old + 1, new + 1
+        else:
+            old, new = old + (part is not None), new + (type(part) is not int)
+    return _beside(trace, call, input, kept, lambda x: x[index])
+
+
+def _kept_but(dims: Iterable[int], input: Tensor) -> dict[int, int]:
+    return {d: d for d in range(input.ndim) if d not in dims}
+
+
+def _beside(trace: Trace, call: Call, input: Tensor, kept: Mapping[int, int],
+            function: Callable[[Tensor], Tensor]) -> list[Layout]:
+    """Entries go elsewhere, but not along the dimensions `kept` (-> their places in the result)."""
+    return [trace.units.move_beside(lambda numbers: [function(numbers[0])], trace.operand(input), call.name + here(),
+                                    kept, call.results[0].ndim)]
+
+
 @rule(*WHOLE_AXES)
 def _turn(trace: Trace, call: Call, *_: Any, **__: Any) -> list[Layout]:
     return _move(trace, call, within=[])
@@ -196,7 +256,8 @@ def _move(trace: Trace, call: Call, *_: Any, within: Iterable[int] | None = None
 @rule("pad")
 def _pad(trace: Trace, call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant",
          value: float | None = None) -> list[Layout]:
-    return trace.units.move(lambda numbers: [F.pad(numbers[0], pad, mode)], [trace.operand(input)], call.name + here())
+    padded = {input.ndim - 1 - n // 2 for n, amount in enumerate(pad) if amount}
+    return _beside(trace, call, input, _kept_but(padded, input), lambda x: F.pad(x, pad, mode))
 
 
 def _each_channel(trace: Trace, x: Tensor, rank: int | None, where: str) -> Layout:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -207,6 +207,22 @@ class Units:
             return [()] * len(results)
         bounds = np.array([*offsets, count])
         return [self._moved(result.numpy().astype(np.int64), bounds, operands, where) for result in results]
+
+    def move_beside(self, function: Callable[[list[Tensor]], Sequence[Tensor]], operand: tuple[Layout, Shape],
+                    where: str, kept: Mapping[int, int], rank: int) -> Layout:
+        """A move that leaves some dimensions as they are, whatever their lengths: what lies along these alone stays.
+
+        kept: these -> their places in the result, in the same order; rank: how many dimensions the result has.
+        """
+        layout, shape = operand
+        across = tuple(labels for labels in layout if varied(labels) - kept.keys())
+        minded = [d for d in range(len(shape)) if d not in kept]
+        result = [*self.move(function, [(across, shape)], where, minded)[0]] if across else []
+        for labels in layout:
+            if not varied(labels) - kept.keys():
+                lengths = {kept[d]: labels.shape[d] for d in varied(labels)}
+                result.append(labels.reshape([lengths.get(d, 1) for d in range(rank)]))
+        return self._disjoint(result, where)
 
     def _moved(self, origin: np.ndarray, bounds: np.ndarray, operands: Sequence[tuple[Layout, Shape]],
                where: str) -> Layout:

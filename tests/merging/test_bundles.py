@@ -1,10 +1,16 @@
 """Which units trade places, from ties and nests alone."""
 
 import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 import merging.tracing.units as traced_units
 from merging.tracing.bundles import groups
+from merging.tracing.rules import RULES
+from merging.tracing.trace import Trace
 from merging.tracing.units import Units
+from merging.tracing.watch import tensors_of
 
 
 def units_read(*axes):
@@ -68,3 +74,36 @@ def test_a_move_of_layers_that_are_alike_is_worked_out_once(monkeypatch):
     assert len(worked_out) == 2 and np.array_equal(turned[0], first.ravel())
     units.move(lambda tensors: [tensors[0].reshape(12)], [((first[::-1],), (4, 3))], "a view")
     assert len(worked_out) == 3
+
+
+MOVES = {
+    "x.reshape(4, 2, 3, 15)": lambda x: x.reshape(4, 2, 3, 15), "x.view(24, 3, 5)": lambda x: x.view(24, 3, 5),
+    "x.reshape(1, 4, 18, 5)": lambda x: x.reshape(1, 4, 18, 5), "x.view(4, 6, 3, 5)": lambda x: x.view(4, 6, 3, 5),
+    "x.view(-1)": lambda x: x.view(-1), "x[1:, ..., ::2]": lambda x: x[1:, ..., ::2], "x[:, 0]": lambda x: x[:, 0],
+    "x[..., None, 2, :]": lambda x: x[..., None, 2, :], "x[0, None, :, :2]": lambda x: x[0, None, :, :2],
+    "x[...]": lambda x: x[...], "x[:, [0, 2]]": lambda x: x[:, [0, 2]], "x[-1, ..., -2:]": lambda x: x[-1, ..., -2:],
+    "x[:, :, :, True]": lambda x: x[:, :, :, True], "x.roll(1, 2)": lambda x: x.roll(1, 2),
+    "x.roll((1, 2), (0, -1))": lambda x: x.roll((1, 2), (0, -1)), "x.roll(7)": lambda x: x.roll(7),
+    "pad": lambda x: F.pad(x, (0, 0, 1, 2)), "pad around": lambda x: F.pad(x, (2, 2, 1, 1), mode="circular"),
+    "crop": lambda x: F.pad(x, (-1, 0, 0, 0, 0, 2)), "x.unbind(1)": lambda x: x.unbind(1),
+    "x.unbind()": lambda x: x.unbind(), "x.chunk(2, 1)": lambda x: x.chunk(2, 1),
+    "x.flatten(1, 2)": lambda x: x.flatten(1, 2), "x.unflatten(1, (2, 3))": lambda x: x.unflatten(1, (2, 3)),
+}
+
+
+@pytest.mark.parametrize("function", MOVES.values(), ids=MOVES)
+def test_what_a_move_leaves_as_it_is_needs_no_looking_at(function):
+    """Rules know which dimensions that is. It makes no difference to looking where each entry went."""
+    shape = (4, 6, 3, 5)
+    for axis, length in enumerate(shape):
+        units, others = Units(), Units()
+        labels, same = (u.new([length if d == axis else 1 for d in range(len(shape))]) for u in (units, others))
+        trace, x = Trace(units, {}, {}, {}, [], RULES), torch.zeros(shape)
+        trace.layouts[x], trace.alive[x] = (labels,), True
+        with trace:
+            results = tensors_of(function(x))
+        layouts = others.move(lambda numbers: tensors_of(function(numbers[0])), [((same,), shape)], "")
+        for result, expected in zip(results, layouts, strict=True):
+            found = trace.layout(result)
+            assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
+        assert len(units.fixes) == len(others.fixes) and len(units.ties) == len(others.ties)

@@ -364,6 +364,42 @@ def test_what_cannot_be_seen_or_read_is_an_error():
         derive_spec(OneByOne(None, inner=nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
 
 
+@pytest.mark.parametrize("one", ["is treated twice", "is refused"])
+def test_a_single_sample_may_be_an_exception(one):
+    """Only as many calls for three samples as for two are asked for."""
+    class Model(Applied):
+        def forward(self, x):
+            if len(x) == 1 and one == "is refused":
+                raise RuntimeError("two at least")
+            return super().forward(F.dropout(x, 0.0) if len(x) == 1 else x)
+
+    def twice(model, x):
+        return F.relu(F.relu(x) if len(x) == 1 else x)
+
+    expected = derive_spec(Applied(lambda model, x: F.relu(x)), torch.zeros(1, 3, 8, 8))
+    spec = derive_spec(Model(twice), torch.zeros(1, 3, 8, 8))
+    assert spec.sizes == expected.sizes and list(spec.reads) == list(expected.reads)
+
+
+def test_buffers_that_the_network_replaces_lend_their_names_to_nothing():
+    """They are gone then, and Python may give their ids to tensors that are made later."""
+    class Replacing(Applied):
+        def __init__(self):
+            super().__init__(None)
+            for n in range(100):
+                self.register_buffer(f"cache{n}", torch.zeros(8, 1), persistent=False)
+
+        def forward(self, x):
+            kept = [self.conv(x)]
+            for n in range(100):
+                setattr(self, f"cache{n}", torch.ones(8, 1))
+                kept.append(F.relu(kept[-1]))
+            return self.fc(kept[-1].mean((2, 3)))
+
+    spec = derive_spec(Replacing(), torch.zeros(1, 3, 8, 8))
+    assert list(spec.sizes) == ["conv"] and not any("cache" in name for name in spec.fixed)
+
+
 def test_outputs_in_objects_stay():
     class Outputs:
         def __init__(self, logits, hidden):
