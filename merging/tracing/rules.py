@@ -157,7 +157,7 @@ def _unbind(trace: Trace, call: Call, input: Tensor, dim: int = 0) -> list[Layou
     return _move(trace, call, within=[dim])
 
 
-@rule("view reshape")
+@rule("view reshape view_as reshape_as")
 def _reshape(trace: Trace, call: Call, input: Tensor, *shape: Any, **other: Any) -> list[Layout]:
     if any(isinstance(one, torch.dtype) for one in (*shape, *other.values())):
         raise NoRule

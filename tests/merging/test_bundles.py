@@ -87,7 +87,8 @@ MOVES = {
     "pad": lambda x: F.pad(x, (0, 0, 1, 2)), "pad around": lambda x: F.pad(x, (2, 2, 1, 1), mode="circular"),
     "crop": lambda x: F.pad(x, (-1, 0, 0, 0, 0, 2)), "x.unbind(1)": lambda x: x.unbind(1),
     "x.unbind()": lambda x: x.unbind(), "x.chunk(2, 1)": lambda x: x.chunk(2, 1),
-    "x.flatten(1, 2)": lambda x: x.flatten(1, 2), "x.unflatten(1, (2, 3))": lambda x: x.unflatten(1, (2, 3)),
+    "x.flatten(1, 2)": lambda x: x.flatten(1, 2), "view_as": lambda x: x.view_as(torch.zeros(2, 2, 6, 15)),
+    "x.unflatten(1, (2, 3))": lambda x: x.unflatten(1, (2, 3)),
 }
 
 
