@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.correction import KEPT_OUT_OF_STEP, DriftCorrection
+from agents.correction import KEPT_OUT_OF_STEP, KEPT_WHEN_LATE, DriftCorrection
 from merging import merge
 from merging.batch_norm import reestimate
 from merging.permutation import derive_spec, permute, random_permutations
@@ -111,6 +111,31 @@ def test_out_of_step_an_agent_forgets_a_part_of_its_y(spec):
         for name, t in y.items():
             expected = KEPT_OUT_OF_STEP * before[i][name] + states[i][name] - merged[i][name]
             assert torch.allclose(t, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", CORRECTIONS)
+@pytest.mark.parametrize(("method", "weights", "concerned"), [
+    ("WA", [[0.6, 0.4, 0], [0.4, 0.2, 0.4], [0, 0.4, 0.6]], [1, 2]), ("DIMAT", np.full((3, 3), 1 / 3), [0, 1, 2])])
+def test_a_late_model_teaches_nothing_of_drift(rule, method, weights, concerned, spec):
+    """Who merges it keeps half of its y, in the order of units of its merged model; others go on as they would."""
+    states, weights = [resnet(i).state_dict() for i in range(3)], np.array(weights)
+    begun = [resnet(5).state_dict()] * 3
+    late, punctual = (after_a_merge(rule, spec, begun, states, weights, method) for _ in range(2))
+    before = {i: dict(y) for i, y in late.y.items()}
+    merged = merge(states, weights, method=method, batches=IMAGES, model=resnet(0), spec=spec, bn_reset="none")
+    for correction, which in ((late, [2]), (punctual, [])):
+        correction.begin(dict(enumerate(begun)))
+        models = correction.without_walks({i: correction.with_walk(i, state) for i, state in enumerate(states)})
+        correction.update(range(3), models, weights, merged, in_step=False, late=which)
+    for i in range(3):
+        half = DriftCorrection(CORRECTIONS[rule], resnet(0), spec)
+        half.y[i] = {name: KEPT_WHEN_LATE * t for name, t in before[i].items()}
+        if merged.moved(i):
+            half.reorder(i, merged.moved(i))
+        expected = half.y[i] if i in concerned else punctual.y[i]
+        assert all(torch.equal(t, expected[name]) for name, t in late.y[i].items())
+    assert not torch.equal(late.y[1]["conv1.weight"], punctual.y[1]["conv1.weight"])
+    assert any(merged.moved(i) for i in range(3)) == (method == "DIMAT")
 
 
 def test_who_has_no_step_in_a_part_of_an_epoch_is_corrected_at_once(spec):
