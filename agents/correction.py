@@ -21,8 +21,8 @@ WALK = "walked."  # before the names of what travels with a model
 # or with another of them: what the two add to their y doesn't cancel, and would lead all astray for good. STUDY.md,
 # "Unlike data": 0.7 and 0.9 are alike, 1 is worse.
 KEPT_OUT_OF_STEP = 0.9
-# What it keeps where it merges a model of an earlier iteration: 0.9 is worse.
-KEPT_WHEN_LATE = 0.5
+# What it keeps where it merges a model of another iteration: 0.9 is worse.
+KEPT_OF_ANOTHER_TIME = 0.5
 
 
 class DriftCorrection:
@@ -68,23 +68,23 @@ class DriftCorrection:
                 kept[i] = self._permuted(kept[i], permutations)
 
     def update(self, agents: Iterable[int], models: Mapping[int, State], weights: np.ndarray, merged: Merged,
-               in_step: bool = True, late: Collection[int] = ()) -> None:
+               in_step: bool = True, untimely: Collection[int] = ()) -> None:
         """What the merge of `models` by `weights` (N, N) makes of the y of these agents here.
 
         in_step: whoever merges another's model is sure to have its own merged by that one, of the same iteration.
-        late: agents whose model is of an earlier one. It differs from one's own by what all have learnt since, too, and
-        that is nothing to correct. So whoever merges it takes nothing into its y.
+        untimely: agents whose model is of another one. It differs from one's own by what was learnt between the two as
+        well, and that is nothing to correct. So whoever merges it takes nothing into its y.
         """
         keep = 1.0 if in_step else KEPT_OUT_OF_STEP
         mixed_walks: dict[int, State] = {}
         for i in agents:
             basis = merged.basis[i]  # another agent's only where all weights are the same
             order = merged.moved(i)
-            own, y, walked = (self._permuted(kept, order) for kept in (
-                models[i], self.y.get(i) or self._nothing(models[i]), self.walked.get(i, {})))
-            if weights[i, list(late)].any():
-                self.y[i] = {name: KEPT_WHEN_LATE * t for name, t in y.items()}
+            y = self._permuted(self.y.get(i) or self._nothing(models[i]), order)
+            if weights[i, list(untimely)].any():
+                self.y[i] = {name: KEPT_OF_ANOTHER_TIME * t for name, t in y.items()}
                 continue
+            own, walked = (self._permuted(kept, order) for kept in (models[i], self.walked.get(i, {})))
             if self.rule.sends_walk and basis not in mixed_walks:
                 mixed_walks[basis] = self._mixed_walk(basis, weights[i], merged)
             mixed = mixed_walks.get(basis, {})

@@ -236,13 +236,13 @@ class MergingAgents(Agents):
         merged_with = dict.fromkeys(self.states, "")
         try:
             models = self.exchange(iteration, weights, images, divided)
-            late = self.network.old.keys() & models
-            in_step = not self.network.staleness and models.keys() >= wanted and not late
+            untimely = self.network.old.keys() & models
+            in_step = not self.network.staleness and models.keys() >= wanted and not untimely
             weights = without(weights, [j for j in range(self.num_agents) if j not in models])
             merging = [i for i in merging if weights[i, i] != 1]  # nobody may have come
             merged = self.merged(merging, models, weights, images, shared)
             if self.correction:
-                self.correction.update(self.drifted(merging, iteration), models, weights, merged, in_step, late)
+                self.correction.update(self.drifted(merging, iteration), models, weights, merged, in_step, untimely)
                 self.correction.begin({i: merged.states[i] for i in merging})
             for i in merging if self.tail else ():
                 if order := merged.moved(i):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from merging.tracing.bundles import groups
 from merging.tracing.rules import RULES
-from merging.tracing.running import DoesNotRun, converted, is_mixed, own_copy, run, unwrapped
+from merging.tracing.running import converted, is_mixed, own_copy, run, unwrapped
 from merging.tracing.spec import Member, PermutationSpec, Read
 from merging.tracing.trace import Source, Trace
 from merging.tracing.units import MISSING, RANKS, Labels, Layout, Units, varied
@@ -80,7 +79,7 @@ def _derive(original: nn.Module, example: Arguments, check: bool) -> Permutation
     spec.fixed.update(dict.fromkeys(unused, "the forward pass does not use it"))
     if check and spec.sizes:
         model.eval()
-        _check_reads(model, spec, trace, example)
+        _check_reads(model, spec, trace, samples(model, example, 3))
         verify(original, spec, example)
     return spec
 
@@ -93,24 +92,14 @@ def _unused(everything: Mapping[str, Tensor], names: Mapping[int, str], state: M
 
 
 @torch.no_grad()
-def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, example: Arguments) -> None:
+def _check_reads(model: nn.Module, spec: PermutationSpec, trace: Trace, inputs: Arguments) -> None:
     """Reads are found by counting calls, which must not depend on the size of the batch."""
-    functions = {read.function for reads in spec.reads.values() for read in reads}
-
-    def calls(number: int) -> dict[str, int]:
-        inputs, count = samples(model, example, number), Watch()
-        run(model, *inputs.args, keywords=inputs.kwargs, within=count, what="inputs")
-        return {function: count.calls[function] for function in functions}
-
-    two = {function: trace.calls[function] for function in functions}
-    with suppress(DoesNotRun):  # one sample is a third of the work, but some networks treat it in another way
-        if calls(1) == two:
-            return
-    three = calls(3)
-    for function in functions:
-        if three[function] != two[function]:
-            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {two[function]} times for two "
-                                       f"samples and {three[function]} times for three, one after the other")
+    count = Watch()
+    run(model, *inputs.args, keywords=inputs.kwargs, within=count, what="inputs")
+    for function in {read.function for reads in spec.reads.values() for read in reads}:
+        if count.calls[function] != trace.calls[function]:
+            raise UnsupportedOperation(f"{type(model).__name__} calls {function} {trace.calls[function]} times for two "
+                                       f"samples and {count.calls[function]} times for three, one after the other")
 
 
 def _matters(name: str) -> bool:

@@ -52,7 +52,7 @@ def _elementwise(trace: Trace, call: Call, *_: Any, **__: Any) -> list[Layout]:
 
 
 def _dims(given: Any, rank: int) -> list[int]:
-    if given is None or given == ():
+    if given is None or (isinstance(given, (tuple, list)) and not given):
         return list(range(rank))
     return [d % max(rank, 1) for d in (given if isinstance(given, (tuple, list)) else [given])]
 

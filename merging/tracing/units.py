@@ -222,7 +222,7 @@ class Units:
             if not varied(labels) - kept.keys():
                 lengths = {kept[d]: labels.shape[d] for d in varied(labels)}
                 result.append(labels.reshape([lengths.get(d, 1) for d in range(rank)]))
-        return self._disjoint(result, where)
+        return tuple(result)
 
     def _moved(self, origin: np.ndarray, bounds: np.ndarray, operands: Sequence[tuple[Layout, Shape]],
                where: str) -> Layout:

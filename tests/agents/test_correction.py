@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.correction import KEPT_OUT_OF_STEP, KEPT_WHEN_LATE, DriftCorrection
+from agents.correction import KEPT_OF_ANOTHER_TIME, KEPT_OUT_OF_STEP, DriftCorrection
 from merging import merge
 from merging.batch_norm import reestimate
 from merging.permutation import derive_spec, permute, random_permutations
@@ -116,7 +116,7 @@ def test_out_of_step_an_agent_forgets_a_part_of_its_y(spec):
 @pytest.mark.parametrize("rule", CORRECTIONS)
 @pytest.mark.parametrize(("method", "weights", "concerned"), [
     ("WA", [[0.6, 0.4, 0], [0.4, 0.2, 0.4], [0, 0.4, 0.6]], [1, 2]), ("DIMAT", np.full((3, 3), 1 / 3), [0, 1, 2])])
-def test_a_late_model_teaches_nothing_of_drift(rule, method, weights, concerned, spec):
+def test_a_model_of_another_iteration_teaches_nothing_of_drift(rule, method, weights, concerned, spec):
     """Who merges it keeps half of its y, in the order of units of its merged model; others go on as they would."""
     states, weights = [resnet(i).state_dict() for i in range(3)], np.array(weights)
     begun = [resnet(5).state_dict()] * 3
@@ -126,10 +126,10 @@ def test_a_late_model_teaches_nothing_of_drift(rule, method, weights, concerned,
     for correction, which in ((late, [2]), (punctual, [])):
         correction.begin(dict(enumerate(begun)))
         models = correction.without_walks({i: correction.with_walk(i, state) for i, state in enumerate(states)})
-        correction.update(range(3), models, weights, merged, in_step=False, late=which)
+        correction.update(range(3), models, weights, merged, in_step=False, untimely=which)
     for i in range(3):
         half = DriftCorrection(CORRECTIONS[rule], resnet(0), spec)
-        half.y[i] = {name: KEPT_WHEN_LATE * t for name, t in before[i].items()}
+        half.y[i] = {name: KEPT_OF_ANOTHER_TIME * t for name, t in before[i].items()}
         if merged.moved(i):
             half.reorder(i, merged.moved(i))
         expected = half.y[i] if i in concerned else punctual.y[i]

@@ -88,23 +88,49 @@ MOVES = {
     "crop": lambda x: F.pad(x, (-1, 0, 0, 0, 0, 2)), "x.unbind(1)": lambda x: x.unbind(1),
     "x.unbind()": lambda x: x.unbind(), "x.chunk(2, 1)": lambda x: x.chunk(2, 1),
     "x.flatten(1, 2)": lambda x: x.flatten(1, 2), "view_as": lambda x: x.view_as(torch.zeros(2, 2, 6, 15)),
-    "x.unflatten(1, (2, 3))": lambda x: x.unflatten(1, (2, 3)),
+    "x.unflatten(1, (2, 3))": lambda x: x.unflatten(1, (2, 3)), "roll all": lambda x: torch.roll(x, 7, []),
+    "roll by NumPy": lambda x: x.roll(1, np.int64(2)), "roll by name": lambda x: x.roll(dims=1, shifts=2),
+    "reflect": lambda x: F.pad(input=x, pad=(1, 0, 0, 0), mode="reflect"), "unbind by name": lambda x: x.unbind(dim=-2),
+    "reshape by name": lambda x: torch.reshape(input=x, shape=(4, -1, 5)),
 }
+AXES = [(0,), (1,), (2,), (3,), (0, 1), (1, 2), (0, 3), (1, 2, 3)]  # along which labels vary
 
 
 @pytest.mark.parametrize("function", MOVES.values(), ids=MOVES)
-def test_what_a_move_leaves_as_it_is_needs_no_looking_at(function):
-    """Rules know which dimensions that is. It makes no difference to looking where each entry went."""
+@pytest.mark.parametrize("also", [None, 0, 3])
+def test_rules_know_what_a_move_leaves_as_it_is(function, also):
+    """It makes no difference to looking where each entry went. also: other labels, along another dimension."""
     shape = (4, 6, 3, 5)
-    for axis, length in enumerate(shape):
-        units, others = Units(), Units()
-        labels, same = (u.new([length if d == axis else 1 for d in range(len(shape))]) for u in (units, others))
-        trace, x = Trace(units, {}, {}, {}, [], RULES), torch.zeros(shape)
-        trace.layouts[x], trace.alive[x] = (labels,), True
+    for axes in (axes for axes in AXES if also not in axes):
+        both = [Units(), Units()]
+        layouts = [tuple(u.new([n if d in of else 1 for d, n in enumerate(shape)])
+                         for of in ([axes] if also is None else [axes, (also,)])) for u in both]
+        trace, x = Trace(both[0], {}, {}, {}, [], RULES), torch.zeros(shape)
+        trace.layouts[x], trace.alive[x] = layouts[0], True
         with trace:
             results = tensors_of(function(x))
-        layouts = others.move(lambda numbers: tensors_of(function(numbers[0])), [((same,), shape)], "")
-        for result, expected in zip(results, layouts, strict=True):
-            found = trace.layout(result)
-            assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
-        assert len(units.fixes) == len(others.fixes) and len(units.ties) == len(others.ties)
+        # One after the other, as units that meet are fixed then, and tied otherwise.
+        found = [both[1].move(lambda numbers: tensors_of(function(numbers[0])), [((labels,), shape)], "")
+                 for labels in layouts[1]]
+        for n, result in enumerate(results):
+            mine, theirs = (sorted(layout, key=np.ndarray.tobytes) for layout in (
+                trace.layout(result), both[1]._disjoint([labels for of in found for labels in of[n]], "")))
+            assert len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+        assert len(both[0].fixes) == len(both[1].fixes) and len(both[0].ties) == len(both[1].ties)
+
+
+@pytest.mark.parametrize(("function", "kept"), [
+    (lambda x: x.view(4, 2, 3, 15), [0]), (lambda x: x.reshape(24, 3, 5), [2, 3]), (lambda x: x[:, 0, ..., 1:], [0, 2]),
+    (lambda x: x.roll(1, 2), [0, 1, 3]), (lambda x: F.pad(x, (0, 0, 1, 2)), [0, 1, 3])])
+def test_what_a_move_leaves_as_it_is_needs_no_looking_at(function, kept, monkeypatch):
+    looked = []
+    monkeypatch.setattr(Units, "move", lambda *args: looked.append(1) or [()])
+    for axis in range(4):
+        units, x = Units(), torch.zeros(4, 6, 3, 5)
+        trace = Trace(units, {}, {}, {}, [], RULES)
+        trace.layouts[x] = (units.new([n if d == axis else 1 for d, n in enumerate(x.shape)]),)
+        trace.alive[x] = True
+        looked.clear()
+        with trace:
+            function(x)
+        assert bool(looked) == (axis not in kept)
