@@ -142,22 +142,12 @@ def _chunk(trace: Trace, call: Call, *args: Any, dim: int = 0, **_: Any) -> list
     return _move(trace, call, within=args[2:] or [dim])
 
 
-@rule("unflatten select narrow index_select")
-def _at(trace: Trace, call: Call, input: Tensor, dim: int, *_: Any, **__: Any) -> list[Layout]:
+@rule("select narrow index_select unbind")
+def _at(trace: Trace, call: Call, input: Tensor, dim: int = 0, *_: Any, **__: Any) -> list[Layout]:
     return _move(trace, call, within=[dim])
 
 
-@rule("flatten")
-def _flatten(trace: Trace, call: Call, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> list[Layout]:
-    return _move(trace, call, within=range(start_dim % input.ndim, end_dim % input.ndim + 1))
-
-
-@rule("unbind")
-def _unbind(trace: Trace, call: Call, input: Tensor, dim: int = 0) -> list[Layout]:
-    return _move(trace, call, within=[dim])
-
-
-@rule("view reshape view_as reshape_as")
+@rule("view reshape view_as reshape_as flatten unflatten ravel")
 def _reshape(trace: Trace, call: Call, input: Tensor, *shape: Any, **other: Any) -> list[Layout]:
     if any(isinstance(one, torch.dtype) for one in (*shape, *other.values())):
         raise NoRule

@@ -215,14 +215,16 @@ class Units:
         kept: these -> their places in the result, in the same order; rank: how many dimensions the result has.
         """
         layout, shape = operand
-        across = tuple(labels for labels in layout if varied(labels) - kept.keys())
-        minded = [d for d in range(len(shape)) if d not in kept]
-        result = [*self.move(function, [(across, shape)], where, minded)[0]] if across else []
+        along, across = [], []
         for labels in layout:
-            if not varied(labels) - kept.keys():
+            if varied(labels) <= kept.keys():
                 lengths = {kept[d]: labels.shape[d] for d in varied(labels)}
-                result.append(labels.reshape([lengths.get(d, 1) for d in range(rank)]))
-        return tuple(result)
+                along.append(labels.reshape([lengths.get(d, 1) for d in range(rank)]))
+            else:
+                across.append(labels)
+        minded = [d for d in range(len(shape)) if d not in kept]
+        moved = self.move(function, [(tuple(across), shape)], where, minded)[0] if across else ()
+        return (*moved, *along)
 
     def _moved(self, origin: np.ndarray, bounds: np.ndarray, operands: Sequence[tuple[Layout, Shape]],
                where: str) -> Layout:
