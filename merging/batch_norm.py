@@ -77,7 +77,7 @@ def tracked_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def reestimate(model: nn.Module, state: State, batches: Batches, reader: NormReader | None = None) -> State:
+def reestimate(model: nn.Module, state: State, batches: Batches) -> State:
     """A state dict with BatchNorm's running statistics estimated anew: one pass, every batch counts the same.
 
     `model` gives the architecture, `state` the values; neither is changed, nor is any layer's momentum. Only BatchNorm
@@ -85,12 +85,11 @@ def reestimate(model: nn.Module, state: State, batches: Batches, reader: NormRea
     over the batches and `num_batches_tracked` is their number; all other tensors are `state`'s own. A batch of a single
     image says nothing about variances and is left out unless it is the first.
 
-    A model without BatchNorm statistics makes no pass: `state` itself comes back. reader: one of `model`, to be used
-    again for the next state.
+    A model without BatchNorm statistics makes no pass: `state` itself comes back.
     """
     if not tracked_norms(model):
         return state
-    estimate = Estimate(reader or NormReader(model, device_of(state)), state)
+    estimate = Estimate(NormReader(model, device_of(state)), state)
     for x in telling(images_of(batches, device_of(state), "BatchNorm")):
         estimate.see(x)
     return estimate.state(estimate.sums())
@@ -115,29 +114,34 @@ class NormReader:
             # What runs then is what the last call saw. With None, the mean over the calls, each would wait for the GPU.
             norm.momentum = 1.0  # only in this copy
             norm.train()
-            norm.register_forward_hook(self._note)
+            norm.register_forward_pre_hook(self._count)
         self.own = {f"{name}.{key}".lstrip("."): value.clone()
                     for name, norm in self.norms.items() for key, value in norm.named_buffers() if key in STATISTICS}
         self.sizes = [2 * norm.running_mean.numel() for norm in self.layers]
-        self.found: dict[nn.Module, Tensor] = {}
         self.calls: dict[nn.Module, int] = {}
+        self.earlier: dict[nn.Module, Tensor] = {}  # of all its calls but the last
 
-    def _note(self, norm: nn.Module, *_: Any) -> None:
-        both = torch.cat([norm.running_mean, norm.running_var])
-        self.found[norm] = self.found[norm] + both if norm in self.found else both
+    def _count(self, norm: nn.Module, *_: Any) -> None:
+        if self.calls[norm]:
+            self.earlier[norm] = self.earlier.get(norm, 0) + torch.cat([norm.running_mean, norm.running_var])
         self.calls[norm] += 1
 
     @torch.no_grad()
     def __call__(self, state: State, images: Tensor) -> tuple[Tensor, list[int]]:
-        self.found.clear()
+        self.earlier.clear()
         self.calls = dict.fromkeys(self.layers, 0)
         self.slots.put({**state, **self.own})
         run(self.model, images)
         for norm in self.layers:  # one whose `forward`, or whose statistics, the model uses by itself
             if not self.calls[norm] and not (norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()):
-                self._note(norm)
-        return torch.cat([self.found.get(norm, norm.running_mean.new_zeros(size))
-                          for norm, size in zip(self.layers, self.sizes, strict=True)]), [*self.calls.values()]
+                self.calls[norm] = 1
+        found = torch.cat([tensor for norm in self.layers for tensor in (norm.running_mean, norm.running_var)])
+        for norm, part in zip(self.layers, found.split(self.sizes), strict=True):
+            if not self.calls[norm]:
+                part.zero_()
+            elif norm in self.earlier:
+                part += self.earlier[norm]
+        return found, [*self.calls.values()]
 
 
 class Estimate:

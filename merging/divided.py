@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from merging.averaging import State
-from merging.batch_norm import Batches, Estimate, NormReader, device_of, images_of, reestimate, telling, tracked_norms
+from merging.batch_norm import Batches, Estimate, NormReader, device_of, images_of, telling, tracked_norms
 
 
 class Team(Protocol):
@@ -60,8 +60,8 @@ class Divided:
 def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mapping[int, Batches]) -> dict[int, State]:
     """BatchNorm's statistics of several models, each on its own images: see `reestimate`.
 
-    Where the images are `Divided`, a team's processes share the passes of all their models evenly. What comes out is
-    what one process finds.
+    Images that several models have in common are read once for all of them. Where they are `Divided`, a team's
+    processes share the passes of all their models evenly. What comes out is what one process finds.
     """
     divided = next((batches for batches in images.values() if isinstance(batches, Divided)), None)
     if not tracked_norms(model) or not (states or divided):
@@ -69,7 +69,13 @@ def reestimate_all(model: nn.Module, states: Mapping[int, State], images: Mappin
     device = device_of(next(iter(states.values())))
     reader = NormReader(model, device)
     if divided is None:
-        return {i: reestimate(model, state, images[i], reader) for i, state in states.items()}
+        estimates = {i: Estimate(reader, state) for i, state in states.items()}
+        for batches in {id(images[i]): images[i] for i in states}.values():
+            readers = [estimate for i, estimate in estimates.items() if images[i] is batches]
+            for x in telling(images_of(batches, device, "BatchNorm")):
+                for estimate in readers:
+                    estimate.see(x)
+        return {i: estimate.state(estimate.sums()) for i, estimate in estimates.items()}
     team = divided.team
     theirs = team.everybody({i: _on("cpu", state) for i, state in states.items()})
     everybodys = {i: _on(device, state) for one in theirs for i, state in one.items()}

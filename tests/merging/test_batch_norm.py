@@ -86,6 +86,36 @@ def test_a_batch_norm_used_twice_counts_both_uses():
     assert torch.equal(state["0.running_mean"], state["2.running_mean"])
 
 
+class Sometimes(nn.Module):
+    """It has a norm that only large batches pass, one that runs three times, and one that none passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.large, self.thrice, self.never = nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.thrice(x).exp()
+        return self.large(x) if len(x) > 4 else x
+
+
+def test_each_norm_counts_the_calls_that_it_had():
+    torch.manual_seed(0)
+    model, data = Sometimes(), [torch.randn(size, 2) for size in (6, 3, 8)]
+    found = {"thrice": [], "large": []}
+    for x in data:
+        for _ in range(3):
+            found["thrice"].append(x)
+            x = nn.functional.batch_norm(x, None, None, training=True).exp()
+        found["large"] += [x] if len(x) > 4 else []
+    state = reestimate(model, model.state_dict(), data)
+    for name, inputs in found.items():
+        assert state[f"{name}.num_batches_tracked"] == len(inputs)
+        torch.testing.assert_close(state[f"{name}.running_mean"], torch.stack([x.mean(0) for x in inputs]).mean(0))
+        torch.testing.assert_close(state[f"{name}.running_var"], torch.stack([x.var(0) for x in inputs]).mean(0))
+    assert state["never.num_batches_tracked"] == 0 and state["never.running_var"].eq(1).all()
+
+
 def test_no_batch_norm_no_pass():
     class Forbidden:
         def __iter__(self):

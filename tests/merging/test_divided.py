@@ -156,6 +156,26 @@ def test_a_team_estimates_what_one_estimates_in_as_many_passes(problem, size, mo
             assert state["norm.num_batches_tracked"] == 3 and state["never.running_var"].eq(1).all()
 
 
+def test_images_of_several_models_are_read_once():
+    read = []
+
+    class Images(list):
+        def __iter__(self):
+            read.append(self)
+            return super().__iter__()
+
+    torch.manual_seed(0)
+    model = Normed()
+    shared, own = (Images(torch.randn(5, 1, 6, 6) for _ in range(2)) for _ in range(2))
+    states = {i: Normed().state_dict() for i in (3, 0, 4)}
+    found = reestimate_all(model, states, {0: own, 3: shared, 4: shared})
+    assert len(read) == 2 and read[0] is shared and read[1] is own
+    assert list(found) == [3, 0, 4]
+    for i, images in ((0, own), (3, shared), (4, shared)):
+        for key, value in reestimate(model, states[i], images).items():
+            assert torch.equal(found[i][key], value)
+
+
 class Counting(nn.Module):
     """It writes to a buffer of its own, calls one norm past its hooks, and may overflow."""
 
