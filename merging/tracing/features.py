@@ -25,12 +25,13 @@ def read_units(x: Tensor, read: Read) -> Tensor:
         x = x.mean(read.averaged, keepdim=True)
     x = x.movedim(read.dims, tuple(range(-len(read.dims), 0))).flatten(-len(read.dims))
     units, repeat = read.entries.shape
-    start, count = int(read.entries[0, 0]), units * repeat
-    if torch.equal(read.entries.flatten(), torch.arange(start, start + count)):
-        rows = x.narrow(-1, start, count)
-    else:
+    if read.start is None:
         rows = x.index_select(-1, read.entries.flatten().to(x.device))
-    rows = rows.unflatten(-1, (units, repeat)).movedim(-2, -1).reshape(-1, units)
+    else:
+        rows = x if x.shape[-1] == units * repeat else x.narrow(-1, read.start, units * repeat)
+    if repeat > 1:
+        rows = rows.unflatten(-1, (units, repeat)).movedim(-2, -1)
+    rows = rows.reshape(-1, units)
     memory = rows.untyped_storage()
     shared = memory.data_ptr() == x.untyped_storage().data_ptr()
     return rows.clone() if shared and (read.written or memory.nbytes() > rows.nbytes) else rows
@@ -53,25 +54,23 @@ class FeatureReader:
             raise ValueError(f"at={at!r}: choose 'last' or 'all'")
         self.model = own_copy(model).to(device)
         self.slots = Slots(self.model)
-        self.reads = {group: spec.reads_at(group, at) for group in spec.reads}
+        self.groups = list(spec.reads)
+        self.by_place: dict[tuple[str, int, int], list[tuple[str, int, Read]]] = {}
+        for group in self.groups:
+            for n, read in enumerate(spec.reads_at(group, at)):
+                self.by_place.setdefault((read.function, read.number, read.slot), []).append((group, n, read))
         self.wanted: dict[tuple[str, int], list[int]] = {}
-        for reads in self.reads.values():
-            for read in reads:
-                slots = self.wanted.setdefault((read.function, read.number), [])
-                slots += [read.slot] if read.slot not in slots else []
+        for function, number, slot in self.by_place:
+            self.wanted.setdefault((function, number), []).append(slot)
 
     @torch.no_grad()
     def __call__(self, state: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, list[Tensor]]:
-        by_place: dict[tuple, list[tuple[str, int, Read]]] = {}
-        for group, reads in self.reads.items():
-            for n, read in enumerate(reads):
-                by_place.setdefault((read.function, read.number, read.slot), []).append((group, n, read))
-        features: dict[str, dict[int, Tensor]] = {group: {} for group in self.reads}
-        left = len(by_place)
+        features: dict[str, dict[int, Tensor]] = {group: {} for group in self.groups}
+        left = len(self.by_place)
 
         def take(call: tuple[str, int], slot: int, x: Tensor) -> None:
             nonlocal left
-            for group, n, read in by_place[(*call, slot)]:
+            for group, n, read in self.by_place[(*call, slot)]:
                 features[group][n] = read_units(x, read)
             left -= 1
             if not left:

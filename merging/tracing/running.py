@@ -92,8 +92,9 @@ def _forgetting(model: nn.Module) -> Iterator[None]:
 
     attributes = []
     for module in model.modules():
-        own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-        attributes.append((vars(module), own))
+        holder = vars(module)
+        own = {name: holder[name] for name in holder.keys() - _OF_TORCH}
+        attributes.append((holder, own))
         for value in own.values():
             look(value)
     try:
@@ -181,14 +182,17 @@ class Slots:
     """
 
     def __init__(self, model: nn.Module):
-        self.model, self.own = model, model.state_dict(keep_vars=True)
+        own = model.state_dict(keep_vars=True)
+        self.tensors = [(name, slot, not isinstance(slot, nn.Parameter)) for name, slot in own.items()
+                        if is_mixed(name, slot)]
+        self.extra = {name: model.get_submodule(module) for name in own
+                      for module, _, last in [name.rpartition(".")] if last == _EXTRA_STATE}
 
     def put(self, state: Mapping[str, Any]) -> None:
-        for name, own in self.own.items():
-            if is_mixed(name, own):
-                own.data = state[name].detach().to(own.dtype, copy=not isinstance(own, nn.Parameter))
-            elif name.rpartition(".")[2] == _EXTRA_STATE:
-                self.model.get_submodule(name.rpartition(".")[0]).set_extra_state(copy.deepcopy(state[name]))
+        for name, slot, copied in self.tensors:
+            slot.data = state[name].detach().to(slot.dtype, copy=copied)
+        for name, module in self.extra.items():
+            module.set_extra_state(copy.deepcopy(state[name]))
 
 
 _WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,

@@ -50,6 +50,12 @@ class Read:
     layer: str
     written: bool
 
+    @cached_property
+    def start(self) -> int | None:
+        """The first of the entries, where they follow one another; else None."""
+        start, numbers = int(self.entries[0, 0]), self.entries.flatten()
+        return start if torch.equal(numbers, torch.arange(start, start + len(numbers))) else None
+
 
 @dataclass(frozen=True, eq=False)
 class PermutationSpec:
