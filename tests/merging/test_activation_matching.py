@@ -36,6 +36,23 @@ def test_correlation_is_numpys(mean, scale):
     for j in (1, 2):
         np.testing.assert_allclose(correlation.between(0, j), oracle(features[0], features[j]), atol=1e-5)
     assert (1, 2) not in correlation.products
+    assert correlation.near == (set() if abs(mean) > 10 * scale else {0, 1, 2})
+
+
+@pytest.mark.parametrize("by_convolution", [True, False])
+@pytest.mark.parametrize(("rows", "units"), [(2**15, 16), (2**15 + 35, 17), (3000, 192)])
+def test_correlations_of_many_features_are_numpys(rows, units, by_convolution, monkeypatch):
+    monkeypatch.setattr(activation_matching, "BY_CONVOLUTION", by_convolution)
+    used = []
+    usual = nn.grad.conv2d_weight
+    monkeypatch.setattr(nn.grad, "conv2d_weight", lambda *args: used.append(args) or usual(*args))
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(rows, units, generator=generator)
+    features = {agent: (source @ torch.randn(units, units, generator=generator)).relu() for agent in range(2)}
+    features[1][:, 0] += 50  # its mean is taken off, the first one's is not
+    correlation = streamed(features, [(0, 1)], batch=rows // 2 + 1)
+    np.testing.assert_allclose(correlation.between(0, 1), oracle(features[0], features[1]), atol=2e-6)
+    assert bool(used) == by_convolution and correlation.near == {0}
 
 
 def test_a_drift_away_from_the_first_batch_does_no_harm():
