@@ -387,19 +387,10 @@ class MergingAgents(Agents):
 
     # As a run sees them
 
-    def evaluate(self) -> dict[int, training.Evaluation]:
-        """Each distinct model once over the test set."""
-        seen: dict[int, training.Evaluation] = {}
-        for i in progress(self.states, "evaluation", unit="agent"):
-            if self.model_of[i] not in seen:
-                self.trainer.model.load_state_dict(self.states[i])
-                seen[self.model_of[i]] = self.trainer.evaluate(self.trainer.dataset.test)
-        return {i: seen[self.model_of[i]] for i in self.states}
-
     def report(self, iteration: int) -> dict[int, dict[str, Any]]:
-        evaluations, up = self.evaluate(), self.up(iteration) if iteration else self.states
+        up = self.up(iteration) if iteration else self.states
         orders = self.alignment.orders if self.alignment else {}
-        return {i: {"state": state, "model": self.model_of[i], "evaluation": evaluations[i],
+        return {i: {"state": state, "model": self.model_of[i],
                     "samples": self.samples[i], "steps": self.steps[i], "took_part": int(i in up),
                     "saved": {"agents": i, "orders": orders.get(i, -1)} | (
                         self.correction.saved(i) if self.correction else {}) | (

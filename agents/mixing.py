@@ -122,10 +122,8 @@ class MixingAgents(Agents):
         for i, agent in self.agents.items():
             running = training.snapshot(agent.flat.module)
             state = self.as_evaluated(i, running, iteration)
-            self.trainer.model.load_state_dict(state)
             mine[i] = {
-                "state": state, "model": i, "evaluation": self.trainer.evaluate(self.trainer.dataset.test),
-                "samples": agent.samples, "steps": agent.steps,
+                "state": state, "model": i, "samples": agent.samples, "steps": agent.steps,
                 "saved": {"states": {k: t.cpu() for k, t in running.items() if t is not state[k]},
                           "memory": {k: t.cpu() for k, t in agent.memory.items()}}}
         return mine

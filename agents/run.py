@@ -20,6 +20,7 @@ from experiments.checkpoints import digest, digest_of_all, load_model
 from experiments.run_folder import METRICS, RunFolder, consensus_distance, record_agents
 from merging.averaging import weighted_average
 from merging.files import check_state, with_counts
+from models.training import Evaluation
 from network.faults import Faults
 from network.processes import Network
 from network.topology import Topology
@@ -27,6 +28,8 @@ from network.wire import State
 from utils.progress import progress
 from utils.seeds import generator
 from utils.settings import FromOptions
+
+AVERAGE = -2  # the number of the mean of all models, beside those that agents' models have
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,19 @@ class Agents(ABC):
 
     @abstractmethod
     def report(self, iteration: int) -> dict[int, dict[str, Any]]:
-        """Each agent's `state` to write down, its `evaluation`, columns of metrics.csv, and what is `saved`.
+        """Each agent's `state` to evaluate and write down, columns of metrics.csv, and what is `saved`.
 
         model: the same number for agents that share one model; as a rule it is the agent's own.
         saved: what state.pt keeps of it besides samples and steps; `states` only where they differ from `state`.
         """
+
+    def evaluate(self, models: Mapping[int, State]) -> dict[int, Evaluation]:
+        """Each model once over the test set."""
+        found = {}
+        for number in progress(models, "evaluation", unit="model"):
+            self.trainer.model.load_state_dict(models[number])
+            found[number] = self.trainer.evaluate(self.trainer.dataset.test)
+        return found
 
     @cached_property
     def faults(self) -> Faults:
@@ -160,23 +171,31 @@ class Logbook:
                 for i, own in self.agents.report(phase.iteration).items()}
         on_cpu = {own["model"]: {k: t.cpu() for k, t in own["state"].items()} for own in mine.values()}
         everyone = self.network.gather({i: own | {"state": on_cpu[own["model"]]} for i, own in mine.items()})
+        columns, models = {}, {own["model"]: own["state"] for own in mine.values()}
         if self.folder:
             of_all = [everyone[i] for i in self.network.recorded]
-            self.write(phase, {key: [own[key] for own in of_all] for key in of_all[0]})
+            columns = {key: [own[key] for own in of_all] for key in of_all[0]}
+            if self.sees_all and len(set(columns["model"])) > 1:
+                models[AVERAGE] = weighted_average(columns["state"], [1 / len(of_all)] * len(of_all))
+        found = self.agents.evaluate(models)  # after all models have come: the writer evaluates their average meanwhile
+        everyones = self.network.gather({i: found[own["model"]] for i, own in mine.items()})
+        if self.folder:
+            columns["evaluation"] = [everyones[i] for i in self.network.recorded]
+            self.write(phase, columns, found.get(AVERAGE, columns["evaluation"][0]) if self.sees_all else None)
         self.begin()
 
-    def write(self, phase: Phase, columns: dict[str, list]) -> None:
-        """columns: a list each, with a value for every agent of the folder."""
-        agents, states, evaluations = self.network.recorded, columns["state"], columns["evaluation"]
-        trainer, test_parts, of_average, distance = self.agents.trainer, self.agents.test_parts, None, None
-        if len(states) == len(test_parts):  # else of an agent on its own
-            names = [name for name, _ in trainer.model.named_parameters()]
-            distance, of_average = consensus_distance(states, names), evaluations[0]
-            if len(set(columns["model"])) > 1:
-                trainer.model.load_state_dict(weighted_average(states, [1 / len(states)] * len(states)))
-                of_average = trainer.evaluate(trainer.dataset.test)
-        record_agents(self.folder, phase.iteration, phase.name, agents, evaluations, of_average, test_parts, self.began,
-                      columns["stats"], consensus_distance=distance,
+    @property
+    def sees_all(self) -> bool:
+        """Whether the folder is of all agents, not of one on its own."""
+        return len(self.network.recorded) == len(self.agents.test_parts)
+
+    def write(self, phase: Phase, columns: dict[str, list], of_average: Evaluation | None) -> None:
+        """columns: a list each, with a value for every agent of the folder; of_average: of the mean of all models."""
+        agents, states = self.network.recorded, columns["state"]
+        names = [name for name, _ in self.agents.trainer.model.named_parameters()]
+        record_agents(self.folder, phase.iteration, phase.name, agents, columns["evaluation"], of_average,
+                      self.agents.test_parts, self.began, columns["stats"],
+                      consensus_distance=consensus_distance(states, names) if self.sees_all else None,
                       **{key: values for key, values in columns.items() if key in METRICS})
         if phase.iteration:
             self.folder.record_merge(phase.iteration, [row for rows in columns.get("matched", ()) for row in rows])

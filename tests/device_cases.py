@@ -76,7 +76,9 @@ def work(argv: list[str], device: torch.device | str, batches: int = 2, counts: 
         if counts:
             counts.waits.clear(), counts.uploads.clear()
         iterate(agents, iteration)
-    return agents.report(2)
+    reports = agents.report(2)
+    found = agents.evaluate({own["model"]: own["state"] for own in reports.values()})
+    return {i: own | {"evaluation": found[own["model"]]} for i, own in reports.items()}
 
 
 def does_as_on_a_cpu(argv: list[str], may_wait_at: str = "nowhere") -> None:
