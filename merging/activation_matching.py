@@ -146,8 +146,9 @@ class Correlation:
         rows, units = first.shape
         step = rows
         if first.device.type == "cpu":
-            step = -(-rows // -(-rows * units // SLICE))
-            step += -step % IMAGES
+            slices = max(1, -(-rows * units // SLICE))
+            step = max(1, -(-rows // slices))
+            step += -step % IMAGES  # so that only the last slice has rows left over
         if not self.shift:
             self._choose_shifts(features, step)
         sums = {agent: torch.zeros_like(shift) for agent, shift in self.shift.items()}
