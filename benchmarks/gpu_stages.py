@@ -154,7 +154,7 @@ def with_option(*options: str) -> Check:
             agents = agents_of("main", target.main_options(*FEW, "--optim=sgd", "--lr=0.01", *argv), target.small(),
                                target.device)
             iterate(agents, 1)
-            losses.append(agents.evaluate()[0].loss)
+            losses.append(agents.evaluated(1)[0]["evaluation"].loss)
         return abs(losses[1] / losses[0] - 1)
 
     return check
@@ -305,7 +305,7 @@ def waits(target: Target, results: Results, limit: float) -> None:
                        target.device)
 
     def one(iteration: int) -> float:
-        return seconds(lambda: (iterate(agents, iteration), agents.evaluate()), target.device)
+        return seconds(lambda: (iterate(agents, iteration), agents.evaluated(iteration)), target.device)
 
     one(1)
     results.add(what="an iteration", seconds=one(2))

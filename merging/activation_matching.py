@@ -174,7 +174,8 @@ class Correlation:
             self.shift[agent] = shift = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
             if x.device.type == "cpu" and x.dtype == shift.dtype:
                 some = x[:rows]
-                if (some.mean(0).square() * (1 + FAR**2) <= FAR**2 * some.square().mean(0)).all():
+                bound = FAR**2 * some.square().mean(0)
+                if (some.mean(0).square() * (1 + FAR**2) <= bound).all() and bound.isfinite().all():
                     self.near.add(agent)
                     shift.zero_()
 

@@ -114,34 +114,29 @@ class NormReader:
             # What runs then is what the last call saw. With None, the mean over the calls, each would wait for the GPU.
             norm.momentum = 1.0  # only in this copy
             norm.train()
-            norm.register_forward_pre_hook(self._count)
+            norm.register_forward_hook(self._note)
         self.own = {f"{name}.{key}".lstrip("."): value.clone()
                     for name, norm in self.norms.items() for key, value in norm.named_buffers() if key in STATISTICS}
         self.sizes = [2 * norm.running_mean.numel() for norm in self.layers]
+        self.found: dict[nn.Module, Tensor] = {}
         self.calls: dict[nn.Module, int] = {}
-        self.earlier: dict[nn.Module, Tensor] = {}  # of all its calls but the last
 
-    def _count(self, norm: nn.Module, *_: Any) -> None:
-        if self.calls[norm]:
-            self.earlier[norm] = self.earlier.get(norm, 0) + torch.cat([norm.running_mean, norm.running_var])
+    def _note(self, norm: nn.Module, *_: Any) -> None:  # at once: the network may go on to change them
+        both = torch.cat([norm.running_mean, norm.running_var])
+        self.found[norm] = self.found[norm] + both if norm in self.found else both
         self.calls[norm] += 1
 
     @torch.no_grad()
     def __call__(self, state: State, images: Tensor) -> tuple[Tensor, list[int]]:
-        self.earlier.clear()
+        self.found.clear()
         self.calls = dict.fromkeys(self.layers, 0)
         self.slots.put({**state, **self.own})
         run(self.model, images)
         for norm in self.layers:  # one whose `forward`, or whose statistics, the model uses by itself
             if not self.calls[norm] and not (norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()):
-                self.calls[norm] = 1
-        found = torch.cat([tensor for norm in self.layers for tensor in (norm.running_mean, norm.running_var)])
-        for norm, part in zip(self.layers, found.split(self.sizes), strict=True):
-            if not self.calls[norm]:
-                part.zero_()
-            elif norm in self.earlier:
-                part += self.earlier[norm]
-        return found, [*self.calls.values()]
+                self._note(norm)
+        return torch.cat([self.found.get(norm, norm.running_mean.new_zeros(size))
+                          for norm, size in zip(self.layers, self.sizes, strict=True)]), [*self.calls.values()]
 
 
 class Estimate:

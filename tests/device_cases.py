@@ -76,9 +76,7 @@ def work(argv: list[str], device: torch.device | str, batches: int = 2, counts: 
         if counts:
             counts.waits.clear(), counts.uploads.clear()
         iterate(agents, iteration)
-    reports = agents.report(2)
-    found = agents.evaluate({own["model"]: own["state"] for own in reports.values()})
-    return {i: own | {"evaluation": found[own["model"]]} for i, own in reports.items()}
+    return agents.evaluated(2)
 
 
 def does_as_on_a_cpu(argv: list[str], may_wait_at: str = "nowhere") -> None:

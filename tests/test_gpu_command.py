@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_stages import STAGES, Results, apart
+from benchmarks.gpu_stages import STAGES, Results, Target, apart, with_option
 from benchmarks.processes import measure
 
 OPTIONS = argparse.Namespace(width_multiplier=1, agents=3, data=None, train_samples=5)
@@ -57,3 +57,16 @@ def test_a_measured_run_has_seconds_of_each_phase():
     few = ["--dataset=digits", "--train_samples=40", "--test_samples=20", "--num_models=2", "--width_multiplier=1",
            "--epochs=1", "--batch_size=20", "--match_samples=20", "--workers=1"]
     assert all(measure(few, threads=1)[phase] > 0 for phase in ("trained", "merged", "whole"))
+
+
+FEW = Target(torch.device("cpu"), 1, 2, 40, 20, None)
+
+
+def test_training_with_an_option_is_compared_with_training_without():
+    assert with_option()(FEW) == 0 and with_option("--lr=0.02")(FEW) > 0
+
+
+def test_an_iteration_of_which_one_wants_to_know_what_it_waits_for_runs(tmp_path):
+    STAGES["waits"].function(FEW, Results(tmp_path, "waits"), 60)
+    rows = {row["what"]: row["seconds"] for row in gpu.read(tmp_path, "waits")}
+    assert rows["an iteration"] > 0 and rows["CPU in operations"] > 0

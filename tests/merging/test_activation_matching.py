@@ -39,6 +39,20 @@ def test_correlation_is_numpys(mean, scale):
     assert correlation.near == (set() if abs(mean) > 10 * scale else {0, 1, 2})
 
 
+def test_means_that_overflow_when_squared_are_taken_off():
+    features = {agent: torch.randn(2000, 8, generator=torch.Generator().manual_seed(agent)) * 1e17 + 1e20
+                for agent in range(2)}
+    expected = oracle(features[0], features[1])
+    np.testing.assert_allclose(streamed(features, [(0, 1)], batch=2000).between(0, 1), expected, atol=1e-3)
+
+
+def test_a_batch_without_rows_adds_nothing():
+    features = {agent: torch.randn(50, 8, generator=torch.Generator().manual_seed(agent)) for agent in range(2)}
+    correlation = streamed(features, [(0, 1)])
+    correlation.update({agent: x[:0] for agent, x in features.items()})
+    np.testing.assert_allclose(correlation.between(0, 1), oracle(features[0], features[1]), atol=1e-5)
+
+
 @pytest.mark.parametrize("by_convolution", [True, False])
 @pytest.mark.parametrize(("rows", "units"), [(2**15, 16), (2**15 + 35, 17), (3000, 192)])
 def test_correlations_of_many_features_are_numpys(rows, units, by_convolution, monkeypatch):

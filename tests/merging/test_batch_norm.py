@@ -116,6 +116,27 @@ def test_each_norm_counts_the_calls_that_it_had():
     assert state["never.num_batches_tracked"] == 0 and state["never.running_var"].eq(1).all()
 
 
+class Restoring(nn.Module):
+    """It puts its norm's statistics back once it has used them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        y = self.norm(x)
+        self.norm.reset_running_stats()
+        return y
+
+
+def test_statistics_count_as_they_are_right_after_the_norm():
+    torch.manual_seed(0)
+    model, data = Restoring(), [torch.randn(8, 2) + 3 for _ in range(2)]
+    state = reestimate(model, model.state_dict(), data)
+    torch.testing.assert_close(state["norm.running_mean"], torch.stack([x.mean(0) for x in data]).mean(0))
+    assert state["norm.num_batches_tracked"] == 2
+
+
 def test_no_batch_norm_no_pass():
     class Forbidden:
         def __iter__(self):
