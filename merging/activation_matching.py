@@ -42,11 +42,11 @@ NOISE = 3.0
 # twice as long.
 BY_CONVOLUTION = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 IMAGES = 16  # the rows are handed over as so many: with fewer, torch takes another, slower way
-WIDEST = 512  # units
+LEAST, WIDEST = 2**17, 512  # numbers, units
 
 # On a CPU features are worked through in slices of so many numbers, which stay in its cache: up to three times as fast
 # as whole batches (102,400 rows of 16 units, five models).
-SLICE = 2**18 if BY_CONVOLUTION else 2**16
+SLICE = 2**19 if BY_CONVOLUTION else 2**16
 
 # Means of so many standard deviations are taken off before products are summed in float32: else these lose digits.
 FAR = 4
@@ -215,7 +215,7 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """total += x^T y: (rows, units) each."""
     rows, units = x.shape
     if not (BY_CONVOLUTION and x.device.type == "cpu" and x.dtype == torch.float32 and units <= WIDEST
-            and rows * units >= SLICE // 2):
+            and rows * units >= LEAST):
         total.addmm_(x.T, y)
         return
     even = rows - rows % IMAGES

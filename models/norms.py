@@ -45,6 +45,6 @@ def norm_before_relu(kind: str, channels: int) -> nn.Module:
     return EvoNorm(channels) if kind == "evonorm" else norm(kind, channels)
 
 
-def relu_after(kind: str, inplace: bool = False) -> nn.Module:
-    """ReLU, or nothing where the norm has an activation of its own."""
-    return nn.Identity() if kind == "evonorm" else nn.ReLU(inplace)
+def relu_after(kind: str) -> nn.Module:
+    """ReLU in place, or nothing where the norm has an activation of its own."""
+    return nn.Identity() if kind == "evonorm" else nn.ReLU(inplace=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from network.wire import State, pack, through, unpack, wire_bytes
+from network.wire import State, pack, pickled, through, unpack, wire_bytes
 
 if TYPE_CHECKING:
     from merging.divided import Team
@@ -281,17 +282,17 @@ class ManyProcesses(Network):
     def gather(self, things: Mapping[int, Any]) -> dict[int, Any]:
         everyone = [None] * dist.get_world_size() if self.is_writer else None
         with self._everybody():
-            dist.gather_object(dict(things), everyone, dst=0, group=self.control)
-        return {i: thing for part in everyone or () for i, thing in part.items()}
+            dist.gather_object(pickled(dict(things)), everyone, dst=0, group=self.control)
+        return {i: thing for part in everyone or () for i, thing in pickle.loads(part).items()}
 
     def scatter(self, things: Mapping[int, Any] | None) -> dict[int, Any]:
         mine, everyone = [None], None
         if self.is_writer:
-            everyone = [{i: things[i] for i, r in self.home.items() if r == rank}
+            everyone = [pickled({i: things[i] for i, r in self.home.items() if r == rank})
                         for rank in range(dist.get_world_size())]
         with self._everybody():
             dist.scatter_object_list(mine, everyone, src=0, group=self.control)
-        return mine[0]
+        return pickle.loads(mine[0])
 
     def agree(self, prepare: Callable[[], Any]) -> Any:
         result, failure = None, None
@@ -316,8 +317,8 @@ class _Team:
     def everybody(self, thing: Any) -> list[Any]:
         things = [None] * self.size
         with self.network._everybody():
-            dist.all_gather_object(things, thing, group=self.network.control)
-        return things
+            dist.all_gather_object(things, pickled(thing), group=self.network.control)
+        return [pickle.loads(one) for one in things]
 
     def first(self, tensor: Tensor) -> Tensor:
         found = tensor.cpu().clone()

@@ -1,9 +1,13 @@
-"""How a model travels between agents: one flat vector of bytes, as it is or with its kernels in a smaller format."""
+"""How a model travels between agents: one flat vector of bytes, as it is or with its kernels in a smaller format; and
+how anything does between the processes of a run."""
 
 from __future__ import annotations
 
+import io
+import pickle
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -157,3 +161,20 @@ def _scale(largest: Tensor) -> Tensor:
     # Divided by a tensor: by a number, GPUs multiply with its rounded inverse, and what was received would not always
     # have the scale that it was sent with. With a true quotient it has, for each of float32's significands.
     return (largest / torch.full_like(largest, LEVELS)).clamp_(limits.tiny, limits.max / 128).to(torch.float32)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go as NumPy's arrays where they can, in a fifth of the time that torch's own way takes for a model."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if type(thing) is Tensor and thing.device.type == "cpu" and not thing.requires_grad:
+            with suppress(TypeError, RuntimeError):  # NumPy knows fewer dtypes and layouts
+                return torch.from_numpy, (thing.numpy(),)
+        return NotImplemented
+
+
+def pickled(thing: Any) -> bytes:
+    """For processes of the same run, who read it with `pickle.loads`."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(thing)
+    return buffer.getvalue()

@@ -200,7 +200,7 @@ def _read(source: Source, labels: Labels, where: Tensor, others: list[Labels], b
     dims = tuple(sorted(varied(labels)))
     averaged = tuple(sorted(frozenset().union(*map(varied, others))))
     return Read(source.name, source.number, source.slot, dims, tuple(labels.shape[d] for d in dims), where, averaged,
-                by.removesuffix(".weight"), source.storage in trace.written)
+                by.removesuffix(".weight"), trace.written.get(source.storage, 0) > source.content)
 
 
 def spec_from_axes(model: nn.Module, axes: Mapping[str, Sequence[str | None]], *, example: Example,

@@ -183,14 +183,15 @@ class Slots:
 
     def __init__(self, model: nn.Module):
         own = model.state_dict(keep_vars=True)
-        self.tensors = [(name, slot, not isinstance(slot, nn.Parameter)) for name, slot in own.items()
+        self.tensors = [(name, slot, isinstance(slot, nn.Parameter)) for name, slot in own.items()
                         if is_mixed(name, slot)]
         self.extra = {name: model.get_submodule(module) for name in own
                       for module, _, last in [name.rpartition(".")] if last == _EXTRA_STATE}
 
     def put(self, state: Mapping[str, Any]) -> None:
-        for name, slot, copied in self.tensors:
-            slot.data = state[name].detach().to(slot.dtype, copy=copied)
+        for name, slot, lent in self.tensors:
+            value = state[name]
+            slot.data = value if lent and value.dtype == slot.dtype else value.detach().to(slot.dtype, copy=True)
         for name, module in self.extra.items():
             module.set_extra_state(copy.deepcopy(state[name]))
 

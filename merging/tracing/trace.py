@@ -60,7 +60,7 @@ class Trace(Watch):
     grouped: a grouped convolution's weight -> the units along its dimension 1. attributes: tensors of the model
         that are in no state dict. rules: function -> its rule.
     readings: where layers read units. decided: where values of inputs may have decided what is done.
-    written: the memory that some operation has written to in place.
+    written: memory that was written to in place -> when last, on the scale of `Source.content`.
     """
 
     def __init__(self, units: Units, names: dict[int, str], state: dict[str, Layout], grouped: dict[str, Labels],
@@ -77,7 +77,7 @@ class Trace(Watch):
         self.constants: Any = WeakTensorKeyDictionary()  # made in the forward pass, of no tensor that counts
         self.readings: list[Reading] = []
         self.decided: list[str] = []  # where values of whole numbers that are put in may decide what is done
-        self.written: set[StorageWeakRef] = set()  # an address may be given to other memory later
+        self.written: dict[StorageWeakRef, int] = {}  # an address may be given to other memory later
         for tensor in attributes:
             self.constants[tensor] = True
 
@@ -215,7 +215,8 @@ class Trace(Watch):
             if even:
                 self.even[tensor] = True
         if call.name.endswith("_") or call.name == "setitem":
-            self.written |= {StorageWeakRef(tensor.untyped_storage()) for tensor in call.tensors[:1]}
+            for tensor in call.tensors[:1]:
+                self._write(tensor)
 
     def _note(self, call: Call) -> None:
         """The layouts of a call's results, and where these can be fetched."""
@@ -273,7 +274,7 @@ class Trace(Watch):
         """Other views of the memory hold the same units: what is written was joined with what was there."""
         if result in self.sources:
             del self.sources[result]
-        self.written.add(StorageWeakRef(result.untyped_storage()))
+        self.written[StorageWeakRef(result.untyped_storage())] = self._next_serial()
 
     def _read_before(self, call: Call, result: Tensor) -> None:
         """Features are fetched before what doesn't change them, but for their place or number of positions."""

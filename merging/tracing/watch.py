@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +65,8 @@ def tensors_of(tree: Any) -> list[Tensor]:
         return tensors_of([*tree.values()])
     if isinstance(tree, Tensor):
         return [tree]
+    if type(tree) in (int, float, bool, NoneType):
+        return []
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

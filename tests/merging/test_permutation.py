@@ -510,17 +510,19 @@ def test_a_wrong_derivation_is_an_error_not_a_merge(monkeypatch):
 
 
 def test_memory_is_known_by_more_than_its_address():
-    """Features that are gone when later ones are written in place need no copy, whoever has their memory now."""
+    """Only features that are written to in place after they were read need a copy: not those that are gone by then,
+    whoever has their memory now, and not those that an activation in place has made."""
     convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(8))
 
     def forward(m, x):
         for conv in m.convs:
-            x = conv(x)
-        return x.relu_()
+            x, before = conv(x).relu_(), x
+        before.neg_()
+        return x
 
     spec = derive_spec(Applied(forward, convs=convs), torch.zeros(1, 3, 8, 8))
     written = [read.written for reads in spec.reads.values() for read in reads]
-    assert written == [False] * 8 + [True]
+    assert written == [False] * 7 + [True] + [False]
 
 
 @pytest.mark.parametrize("at", ["last", "all"])

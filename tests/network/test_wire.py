@@ -1,3 +1,4 @@
+import pickle
 import struct
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import build_model
-from network.wire import WIRES, pack, through, unpack, wire_bytes
+from network.wire import WIRES, pack, pickled, through, unpack, wire_bytes
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OTHERS = [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool]
@@ -222,3 +223,24 @@ def test_a_parameter_that_is_learned_travels_without_its_graph():
     state = {"w": torch.ones(3, 3, requires_grad=True), "b": torch.ones(3, requires_grad=True)}
     for wire in WIRES:
         assert not any(v.requires_grad for v in unpack(pack(state, wire), state, wire).values())
+
+
+@settings(max_examples=50)
+@given(states([*FLOATS, *OTHERS, torch.complex64]))
+def test_things_with_tensors_in_them_travel_between_processes(state):
+    """Whatever they hold besides, and what is there twice only once."""
+    state = {key: value.conj() if value.is_complex() else value for key, value in state.items()}
+    learned = torch.ones(3, requires_grad=True)
+    thing = {0: {"state": state, "number": 1.5}, 1: {"state": state, "words": ["a", None], "learned": learned}}
+    came = pickle.loads(pickled(thing))
+    assert same(came[0]["state"], {key: value.resolve_conj() for key, value in state.items()})
+    assert came[1]["state"] is came[0]["state"]
+    assert came[0]["number"] == 1.5 and came[1]["words"] == ["a", None]
+    assert came[1]["learned"].requires_grad and torch.equal(came[1]["learned"], learned)
+    for value in came[0]["state"].values():
+        value.zero_()  # it is the receiver's own
+
+
+def test_a_models_tensors_travel_as_arrays():
+    model = {"w": torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)), "n": torch.tensor(3)}
+    assert b"torch._utils" not in pickled(model) and b"from_numpy" in pickled(model)
