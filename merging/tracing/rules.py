@@ -139,7 +139,11 @@ def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_:
 @rule("chunk split tensor_split")
 def _chunk(trace: Trace, call: Call, *args: Any, dim: int = 0, **_: Any) -> list[Layout]:
     """(tensor, parts, dim), of which only the last has one name in all of them."""
-    return _move(trace, call, within=args[2:] or [dim])
+    if not args:
+        return _move(trace, call, within=[dim])
+    dims = _dims(*args[2:] or [dim], args[0].ndim)
+    return _beside(trace, call, args[0], _kept_but(dims, args[0]),
+                   lambda x: call.func(x, *call.args[1:], **call.kwargs))
 
 
 @rule("select narrow index_select unbind")
@@ -195,10 +199,10 @@ def _kept_but(dims: Iterable[int], input: Tensor) -> dict[int, int]:
 
 
 def _beside(trace: Trace, call: Call, input: Tensor, kept: Mapping[int, int],
-            function: Callable[[Tensor], Tensor]) -> list[Layout]:
-    """Entries go elsewhere, but not along the dimensions `kept` (-> their places in the result)."""
-    return [trace.units.move_beside(lambda numbers: [function(numbers[0])], trace.operand(input), call.name + here(),
-                                    kept, call.results[0].ndim)]
+            function: Callable[[Tensor], Any]) -> list[Layout]:
+    """Entries go elsewhere, but not along the dimensions `kept` (-> their places in each result)."""
+    return trace.units.move_beside(lambda numbers: tensors_of(function(numbers[0])), trace.operand(input),
+                                   call.name + here(), kept, [result.ndim for result in call.results])
 
 
 @rule(*WHOLE_AXES)

@@ -209,22 +209,22 @@ class Units:
         return [self._moved(result.numpy().astype(np.int64), bounds, operands, where) for result in results]
 
     def move_beside(self, function: Callable[[list[Tensor]], Sequence[Tensor]], operand: tuple[Layout, Shape],
-                    where: str, kept: Mapping[int, int], rank: int) -> Layout:
+                    where: str, kept: Mapping[int, int], ranks: Sequence[int]) -> list[Layout]:
         """A move that leaves some dimensions as they are, whatever their lengths: what lies along these alone stays.
 
-        kept: these -> their places in the result, in the same order; rank: how many dimensions the result has.
+        kept: these -> their places in each result, in the same order; ranks: how many dimensions the results have.
         """
         layout, shape = operand
         along, across = [], []
         for labels in layout:
             if varied(labels) <= kept.keys():
-                lengths = {kept[d]: labels.shape[d] for d in varied(labels)}
-                along.append(labels.reshape([lengths.get(d, 1) for d in range(rank)]))
+                along.append(({kept[d]: labels.shape[d] for d in varied(labels)}, labels))
             else:
                 across.append(labels)
         minded = [d for d in range(len(shape)) if d not in kept]
-        moved = self.move(function, [(tuple(across), shape)], where, minded)[0] if across else ()
-        return (*moved, *along)
+        moved = self.move(function, [(tuple(across), shape)], where, minded) if across else [()] * len(ranks)
+        return [(*layout, *(labels.reshape([lengths.get(d, 1) for d in range(rank)]) for lengths, labels in along))
+                for layout, rank in zip(moved, ranks, strict=True)]
 
     def _moved(self, origin: np.ndarray, bounds: np.ndarray, operands: Sequence[tuple[Layout, Shape]],
                where: str) -> Layout:

@@ -58,6 +58,9 @@ class Call:
 _ALIASES = {"axis": "dim", "keepdims": "keepdim", "a": "input", "x": "input", "x1": "input", "x2": "other"}
 
 
+PLAIN = (int, float, bool, str, NoneType)  # in which no tensor is
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     if type(tree) in (tuple, list):  # as arguments mostly are: much faster than torch's walk, which takes any container
         return [tensor for part in tree for tensor in tensors_of(part)]
@@ -65,7 +68,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
         return tensors_of([*tree.values()])
     if isinstance(tree, Tensor):
         return [tree]
-    if type(tree) in (int, float, bool, NoneType):
+    if type(tree) in PLAIN:
         return []
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
