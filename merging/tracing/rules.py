@@ -139,8 +139,8 @@ def _cat(trace: Trace, call: Call, tensors: Sequence[Tensor], dim: int = 0, **_:
 @rule("chunk split tensor_split")
 def _chunk(trace: Trace, call: Call, *args: Any, dim: int = 0, **_: Any) -> list[Layout]:
     """(tensor, parts, dim), of which only the last has one name in all of them."""
-    if not args:
-        return _move(trace, call, within=[dim])
+    if not args or any(map(trace.is_activation, call.tensors[1:])):  # where it cuts may be an input's to say
+        return _move(trace, call, within=args[2:] or [dim])
     dims = _dims(*args[2:] or [dim], args[0].ndim)
     return _beside(trace, call, args[0], _kept_but(dims, args[0]),
                    lambda x: call.func(x, *call.args[1:], **call.kwargs))

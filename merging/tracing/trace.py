@@ -60,7 +60,9 @@ class Trace(Watch):
     grouped: a grouped convolution's weight -> the units along its dimension 1. attributes: tensors of the model
         that are in no state dict. rules: function -> its rule.
     readings: where layers read units. decided: where values of inputs may have decided what is done.
-    written: memory that was written to in place -> when last, on the scale of `Source.content`.
+    written: memory that was written to in place -> when last, on the scale of `Source.content`; infinity where it may
+        be written to in every pass anew. made: memory that this pass has made. copies: memory of what may be a view of
+        another tensor, if the strides are others -> that one's memory.
     """
 
     def __init__(self, units: Units, names: dict[int, str], state: dict[str, Layout], grouped: dict[str, Labels],
@@ -77,7 +79,9 @@ class Trace(Watch):
         self.constants: Any = WeakTensorKeyDictionary()  # made in the forward pass, of no tensor that counts
         self.readings: list[Reading] = []
         self.decided: list[str] = []  # where values of whole numbers that are put in may decide what is done
-        self.written: dict[StorageWeakRef, int] = {}  # an address may be given to other memory later
+        self.written: dict[StorageWeakRef, float] = {}  # an address may be given to other memory later
+        self.made: set[StorageWeakRef] = set()
+        self.copies: dict[StorageWeakRef, StorageWeakRef] = {}
         for tensor in attributes:
             self.constants[tensor] = True
 
@@ -115,7 +119,12 @@ class Trace(Watch):
 
     def untouched(self, kind: Any, tensor: Tensor) -> bool:
         """Whether a tensor was of this kind (`even`, `given`) and nothing was written to it since."""
-        return tensor in kind and StorageWeakRef(tensor.untyped_storage()) not in self.written
+        return tensor in kind and self.memory(tensor) not in self.written
+
+    def memory(self, tensor: Tensor) -> StorageWeakRef:
+        """What tensors share that are, or with other strides may be, views of each other."""
+        own = StorageWeakRef(tensor.untyped_storage())
+        return self.copies.get(own, own)
 
     def adopt(self, tensor: Tensor | None, shape: Shape, layout: Layout, where: str) -> None:
         """A tensor, seen as `shape`, takes part elementwise in something with this layout (of the same rank)."""
@@ -146,7 +155,7 @@ class Trace(Watch):
         if tensor not in self.serials:
             self.serials[tensor] = self._next_serial()
         return Source(call.name, call.number, slot, self.layout(tensor), self.serials[tensor],
-                      StorageWeakRef(tensor.untyped_storage()))
+                      self.memory(tensor))
 
     def refuse_unseen(self, tensor: Tensor, where: str, place: Callable[[], str] = str) -> None:
         """Raises UnsupportedOperation for a tensor that something made which isn't seen here."""
@@ -224,8 +233,11 @@ class Trace(Watch):
         # A view may be the tensor itself, where there is nothing to do.
         in_place = any(result is tensor for result in results for tensor in call.tensors) and not (
             call.name in UNARY_VIEWS or call.name in MOVES)
-        for result in results if in_place else ():
-            self._write(result)
+        for result in results:
+            if in_place:
+                self._write(result)
+            else:
+                self._note_memory(call, result)
         depends = any(map(self.is_activation, call.tensors))
         given = all(self.untouched(self.given, tensor) or tensor in self.constants for tensor in call.tensors)
         for result, layout in zip(results, self._layouts(call, in_place), strict=True):
@@ -274,7 +286,17 @@ class Trace(Watch):
         """Other views of the memory hold the same units: what is written was joined with what was there."""
         if result in self.sources:
             del self.sources[result]
-        self.written[StorageWeakRef(result.untyped_storage())] = self._next_serial()
+        memory = self.memory(result)
+        self.written[memory] = self._next_serial() if memory in self.made else math.inf
+
+    def _note_memory(self, call: Call, result: Tensor) -> None:
+        own = StorageWeakRef(result.untyped_storage())
+        if any(own == StorageWeakRef(tensor.untyped_storage()) for tensor in call.tensors):
+            return
+        if call.base in MOVES or call.base in UNARY_VIEWS:
+            self.copies[own] = self.memory(call.tensors[0])
+        else:
+            self.made.add(own)
 
     def _read_before(self, call: Call, result: Tensor) -> None:
         """Features are fetched before what doesn't change them, but for their place or number of positions."""
