@@ -85,12 +85,6 @@ class Agents(ABC):
             found[number] = self.trainer.evaluate(self.trainer.dataset.test)
         return found
 
-    def evaluated(self, iteration: int) -> dict[int, dict[str, Any]]:
-        """What they report, each with its `evaluation`."""
-        reports = self.report(iteration)
-        found = self.evaluate({own["model"]: own["state"] for own in reports.values()})
-        return {i: own | {"evaluation": found[own["model"]]} for i, own in reports.items()}
-
     @cached_property
     def faults(self) -> Faults:
         return Faults(self.settings.link_failure, self.settings.agent_failure, self.settings.seed)

@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-from benchmarks.iteration import agents_of, iterate, models_of
+from benchmarks.iteration import agents_of, evaluated, iterate, models_of
 from benchmarks.main_job import (
     BATCH,
     LAYOUTS,
@@ -154,7 +154,7 @@ def with_option(*options: str) -> Check:
             agents = agents_of("main", target.main_options(*FEW, "--optim=sgd", "--lr=0.01", *argv), target.small(),
                                target.device)
             iterate(agents, 1)
-            losses.append(agents.evaluated(1)[0]["evaluation"].loss)
+            losses.append(evaluated(agents, 1)[0]["evaluation"].loss)
         return abs(losses[1] / losses[0] - 1)
 
     return check
@@ -305,7 +305,7 @@ def waits(target: Target, results: Results, limit: float) -> None:
                        target.device)
 
     def one(iteration: int) -> float:
-        return seconds(lambda: (iterate(agents, iteration), agents.evaluated(iteration)), target.device)
+        return seconds(lambda: (iterate(agents, iteration), evaluated(agents, iteration)), target.device)
 
     one(1)
     results.add(what="an iteration", seconds=one(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,3 +56,10 @@ def iterate(agents: MergingAgents | MixingAgents, iteration: int) -> None:
 def models_of(agents: MergingAgents | MixingAgents) -> dict[int, dict[str, Tensor]]:
     """Each agent's, on the CPU."""
     return {i: {key: t.cpu() for key, t in own["state"].items()} for i, own in agents.report(1).items()}
+
+
+def evaluated(agents: MergingAgents | MixingAgents, iteration: int) -> dict[int, dict[str, Any]]:
+    """What each agent reports after an iteration, with its model's `evaluation`."""
+    reports = agents.report(iteration)
+    found = agents.evaluate({own["model"]: own["state"] for own in reports.values()})
+    return {i: own | {"evaluation": found[own["model"]]} for i, own in reports.items()}

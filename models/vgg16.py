@@ -28,8 +28,7 @@ class VGG16(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             else:
                 width = item * width_multiplier
-                layers += [nn.Conv2d(channels, width, 3, padding=1), norm_before_relu(kind, width),
-                           relu_after(kind)]
+                layers += [nn.Conv2d(channels, width, 3, padding=1), norm_before_relu(kind, width), relu_after(kind)]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels * (image_size // REDUCTION) ** 2, num_classes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.iteration import agents_of, iterate
+from benchmarks.iteration import agents_of, evaluated, iterate
 from data.batches import Batches
 from data.datasets import Dataset, ImageSet
 from merging import METHODS
@@ -76,7 +76,7 @@ def work(argv: list[str], device: torch.device | str, batches: int = 2, counts: 
         if counts:
             counts.waits.clear(), counts.uploads.clear()
         iterate(agents, iteration)
-    return agents.evaluated(2)
+    return evaluated(agents, 2)
 
 
 def does_as_on_a_cpu(argv: list[str], may_wait_at: str = "nowhere") -> None:

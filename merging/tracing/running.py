@@ -225,4 +225,4 @@ class DoublePrecision(TorchFunctionMode):
             func = Tensor.double
         in_place = name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
         first = args[:1] if in_place else _wide(args[:1])
-        return _wide(func(*first, *_wide(args[1:]), **tree_map(_wide_leaf, kwargs or {})))
+        return _wide(func(*first, *_wide(args[1:]), **_wide(kwargs or {})))

@@ -154,8 +154,7 @@ class Trace(Watch):
         slot = next(n for n, other in enumerate(call.tensors) if other is tensor)
         if tensor not in self.serials:
             self.serials[tensor] = self._next_serial()
-        return Source(call.name, call.number, slot, self.layout(tensor), self.serials[tensor],
-                      self.memory(tensor))
+        return Source(call.name, call.number, slot, self.layout(tensor), self.serials[tensor], self.memory(tensor))
 
     def refuse_unseen(self, tensor: Tensor, where: str, place: Callable[[], str] = str) -> None:
         """Raises UnsupportedOperation for a tensor that something made which isn't seen here."""
@@ -290,6 +289,7 @@ class Trace(Watch):
         self.written[memory] = self._next_serial() if memory in self.made else math.inf
 
     def _note_memory(self, call: Call, result: Tensor) -> None:
+        """A result lies in an argument's memory, would with other strides, or has memory of its own."""
         own = StorageWeakRef(result.untyped_storage())
         if any(own == StorageWeakRef(tensor.untyped_storage()) for tensor in call.tensors):
             return

@@ -137,8 +137,8 @@ class Applied(nn.Module):
             setattr(self, name, module)
         self.fc = nn.Linear(features, 4)
 
-    def forward(self, x):
-        x = self.function(self, self.conv(x))
+    def forward(self, x, *more):
+        x = self.function(self, self.conv(x), *more)
         return self.fc(x.mean((2, 3)) if x.ndim == 4 else x)
 
 

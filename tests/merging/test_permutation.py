@@ -1,7 +1,6 @@
 """Permutation groups: reordering them leaves the function alone, and leaving out any one tensor does not."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -675,30 +674,16 @@ def test_a_description_names_blocks():
     assert "reduce.0: 12 units in 4 blocks, those of blocks of reduce.0\n" in described and "within 4" in described
 
 
-class Of(nn.Module):
-    """A module of these parts; its forward pass is a function of it and the inputs."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            add = self.add_module if isinstance(part, nn.Module) else partial(self.register_buffer, persistent=False)
-            add(name, part)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
 def test_features_in_memory_that_every_pass_writes_to_anew_are_the_models_own():
-    def forward(m, x):
-        return m.after(m.scratch[: len(x)].copy_(m.before(x).relu()))
-
-    model = Of(forward, before=nn.Linear(6, 8), after=nn.Linear(8, 4), scratch=torch.zeros(5, 8))
-    spec = derive_spec(model, torch.zeros(2, 6))
+    scratch = nn.Module()
+    scratch.register_buffer("memory", torch.zeros(5, 8, 4, 4), persistent=False)
+    model = Applied(lambda m, x: m.after(m.scratch.memory[: len(x)].copy_(x.relu())), scratch=scratch,
+                    after=nn.Conv2d(8, 8, 1))
+    spec = derive_spec(model, torch.zeros(2, 3, 4, 4))
     state = model.state_dict()
-    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     reader = FeatureReader(model, spec)
-    (first,), = reader(state, x).values()
+    (first,) = reader(state, x)["conv"]
     before = first.clone()
     reader(permute(spec, cycles(spec), state), x)
     assert torch.equal(first, before)
@@ -707,16 +692,16 @@ def test_features_in_memory_that_every_pass_writes_to_anew_are_the_models_own():
 @pytest.mark.parametrize("activation", [torch.relu, torch.relu_])
 def test_what_is_a_copy_of_the_example_may_be_a_view_of_the_images(activation):
     def forward(m, x):
-        h = activation(m.first(x))
-        out = m.second(h)
-        z = h.contiguous(memory_format=torch.channels_last)  # h itself where the images have their channels last
+        x = activation(x)
+        out = m.second(x)
+        z = x.contiguous(memory_format=torch.channels_last)  # x itself where the images have their channels last
         z.mul_(0.5)
-        return (out + m.third(z)).mean((2, 3))
+        return out + m.third(z)
 
-    model = Of(forward, first=nn.Conv2d(3, 4, 1), second=nn.Conv2d(4, 5, 1), third=nn.Conv2d(4, 5, 1))
+    model = Applied(forward, second=nn.Conv2d(8, 8, 1), third=nn.Conv2d(8, 8, 1))
     reader = FeatureReader(model, derive_spec(model, torch.zeros(2, 3, 6, 6)))
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    plain, last = (reader(model.state_dict(), x.contiguous(memory_format=layout))["first"]
+    plain, last = (reader(model.state_dict(), x.contiguous(memory_format=layout))["conv"]
                    for layout in (torch.contiguous_format, torch.channels_last))
     for a, b in zip(plain, last, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
@@ -724,8 +709,7 @@ def test_what_is_a_copy_of_the_example_may_be_a_view_of_the_images(activation):
 
 def test_units_stay_where_an_input_says_where_they_are_parted():
     def forward(m, x, where):
-        first, second = m.a(x).tensor_split(where, 1)
-        return m.b(torch.cat([2 * first, second], 1))
+        first, second = x.tensor_split(where, 1)
+        return torch.cat([2 * first, second], 1)
 
-    model = Of(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3))
-    assert derive_spec(model, (torch.zeros(2, 6), torch.tensor([4]))).sizes == {}
+    assert derive_spec(Applied(forward), (torch.zeros(2, 3, 4, 4), torch.tensor([4]))).sizes == {}
