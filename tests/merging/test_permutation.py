@@ -676,7 +676,8 @@ def test_a_description_names_blocks():
 
 def test_features_in_memory_that_every_pass_writes_to_anew_are_the_models_own():
     scratch = nn.Module()
-    scratch.register_buffer("memory", torch.zeros(5, 8, 4, 4), persistent=False)
+    memory = torch.zeros(5, 8, 4, 4).contiguous(memory_format=torch.channels_last)  # units last: to be read as it is
+    scratch.register_buffer("memory", memory, persistent=False)
     model = Applied(lambda m, x: m.after(m.scratch.memory[: len(x)].copy_(x.relu())), scratch=scratch,
                     after=nn.Conv2d(8, 8, 1))
     spec = derive_spec(model, torch.zeros(2, 3, 4, 4))
